@@ -1,0 +1,198 @@
+"""Pretrain a masked autoencoder: hide most of a picture's patches and predict their pixels.
+
+    python mae_pretrain.py                      CIFAR-10, the published recipe of 2,000 epochs
+    python mae_pretrain.py --demo               drawn shapes, minutes on two CPU cores, no network
+    python mae_pretrain.py --dataset folder --data_path my_pictures --image_size 64 --patch_size 8
+    tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
+
+Writes the model to --model_path and its last reconstructions beside it, as a PNG.
+"""
+
+import os
+
+import torch
+from einops import rearrange
+from torch.utils.tensorboard import SummaryWriter
+
+import utils
+from model import MAE_ViT
+
+DEMO = {
+    "dataset": "shapes",
+    "patch_size": 8,
+    "emb_dim": 96,
+    "encoder_layer": 4,
+    "decoder_layer": 2,
+    "mask_ratio": 0.5,
+    "batch_size": 128,
+    "base_learning_rate": 2e-3,
+    "total_epoch": 12,
+    "warmup_epoch": 1,
+    "model_path": "vit-t-mae-demo.pth",
+}
+
+
+def get_args(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    # fmt: off
+    parser.add_argument("--demo", action="store_true",
+        help="set defaults for a run of minutes without network: "
+             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+    utils.add_data_flags(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--image_size", type=utils.positive_int, default=32)
+    add("--patch_size", type=utils.positive_int, default=2,
+        help="a picture has (image_size / patch_size)^2 patches")
+    add("--emb_dim", type=utils.positive_int, default=192, help="width; a multiple of the heads")
+    add("--encoder_layer", type=utils.positive_int, default=12)
+    add("--encoder_head", type=utils.positive_int, default=3)
+    add("--decoder_layer", type=utils.positive_int, default=4)
+    add("--decoder_head", type=utils.positive_int, default=3)
+    add("--mask_ratio", type=utils.open_ratio, default=0.75,
+        help="share of the patches hidden; int(patches * (1 - mask_ratio)) stay visible")
+    add("--norm_pix_loss", action="store_true",
+        help="predict pixels normalised by the mean and deviation of their patch; "
+             "the pictures shown are de-normalised with those of the true patch")
+    utils.add_training_flags(parser, seed=42, batch_size=4096, base_learning_rate=1.5e-4,
+        weight_decay=0.05, total_epoch=2000, warmup_epoch=200)
+    utils.add_device_flags(parser, max_device_batch_size=128)
+    add = parser.add_argument_group("output").add_argument
+    add("--model_path", default="vit-t-mae.pth", help="reconstructions go beside it, as .png")
+    add("--log_dir", default="logs",
+        help="curves go into <log_dir>/<dataset>/mae-pretrain; of later runs, mae-pretrain-2, ...")
+    # fmt: on
+    return parser.parse_with_demo(argv, DEMO)
+
+
+class MAELoss(torch.nn.Module):
+    """The loss of each picture: the mean squared error over its hidden pixels.
+
+    With norm_pix_loss, on pixels normalised by the mean and variance of their patch (paper, section
+    3, "Reconstruction target").
+    """
+
+    def __init__(self, model, patch_size, norm_pix_loss=False):
+        super().__init__()
+        self.model, self.patch_size, self.norm_pix_loss = model, patch_size, norm_pix_loss
+
+    def forward(self, img, noise):
+        """img uint8 [B,3,H,W], noise [B,T] -> loss [B]."""
+        img = utils.to_float(img)
+        predicted_img, mask = self.model(img, noise)
+        if self.norm_pix_loss:
+            mean, std = patch_mean_std(img, self.patch_size)
+            img = (img - mean) / std
+        mask = mask.float()
+        squared_error = (predicted_img.float() - img) ** 2
+        return (squared_error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+
+
+def patch_mean_std(img, patch_size):
+    """Mean and standard deviation of every patch, over its pixels and channels: [B,1,H,W] each."""
+    patches = rearrange(img, "b c (h p1) (w p2) -> b 1 h w (c p1 p2)", p1=patch_size, p2=patch_size)
+    statistics = patches.mean(-1), (patches.var(-1) + 1e-6).sqrt()  # [B,1,h,w] each
+    return tuple(
+        x.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3) for x in statistics
+    )
+
+
+@torch.no_grad()
+def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
+    """img uint8 [B,3,H,W], noise [B,T] -> picture [3,H',W'] in [0, 1], two images to a row.
+
+    Each is shown masked, reconstructed (the visible patches as they are, the prediction elsewhere;
+    de-normalised with the true patch's mean and deviation after norm_pix_loss) and as it is.
+    """
+    img = utils.to_float(img)
+    predicted_img, mask = model(img, noise)
+    if norm_pix_loss:
+        mean, std = patch_mean_std(img, patch_size)
+        predicted_img = predicted_img * std + mean
+    predicted_img = predicted_img * mask + img * (1 - mask)
+    grid = torch.cat([img * (1 - mask), predicted_img, img])
+    w1 = 1 if len(img) % 2 else 2
+    grid = rearrange(grid, "(v h1 w1) c h w -> c (h1 h) (w1 v w)", w1=w1, v=3)
+    return ((grid + 1) / 2).clamp(0, 1)
+
+
+def main(args):
+    utils.setup_seed(args.seed)
+    device = utils.choose_device(args.device)
+    precision = utils.choose_precision(args.precision, device)
+    png_path = os.path.splitext(args.model_path)[0] + ".png"
+    for path in (args.model_path, png_path):
+        utils.check_output(path)
+    utils.warn_of_long_warmup(args)
+
+    architecture = {
+        "image_size": args.image_size,
+        "patch_size": args.patch_size,
+        "emb_dim": args.emb_dim,
+        "encoder_layer": args.encoder_layer,
+        "encoder_head": args.encoder_head,
+        "decoder_layer": args.decoder_layer,
+        "decoder_head": args.decoder_head,
+        "mask_ratio": args.mask_ratio,
+    }
+    model = utils.build(MAE_ViT, **architecture)
+    pictures = utils.load_pictures(args, device, need_classes=False)
+    images, part_size = pictures.train_images, args.max_device_batch_size
+    net = utils.place(MAELoss(model, args.patch_size, args.norm_pix_loss), device, precision)
+    optim = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+
+    num_patches = len(model.encoder.pos_embedding)
+    shown = pictures.val_images[:16]  # the same pictures under the same masks at every epoch
+    shown_noise = torch.rand(len(shown), num_patches, generator=utils.generator("shown", args.seed))
+    shown_noise = shown_noise.to(device)
+
+    folder = utils.new_run_folder(args.log_dir, args.dataset, "mae-pretrain")
+    writer = SummaryWriter(folder)
+    utils.describe_run(args, device, precision, model, pictures, folder)
+
+    for epoch in range(args.total_epoch):
+        lr = utils.set_learning_rate(optim, epoch, args)
+        model.train()
+        order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
+        totals = utils.Totals(device, ["loss"])
+        with utils.progress_bar(f"Epoch {epoch + 1}/{args.total_epoch}", len(images)) as bar:
+            for update, batch in enumerate(order.split(args.batch_size)):
+                # The masks, like the order, are a function of the seed, the epoch and the update.
+                rng = utils.generator("masks", args.seed, epoch, update)
+                noise = torch.rand(len(batch), num_patches, generator=rng)
+                for index, part_noise in zip(
+                    batch.split(part_size), noise.split(part_size), strict=True
+                ):
+                    img = images[utils.to_device(index, device)]
+                    loss = net(img, utils.to_device(part_noise, device))  # [b]
+                    (loss.sum() / len(batch)).backward()  # a batch's gradient is that of its mean
+                    totals.add(len(index), loss.detach().sum())
+                    bar.update(len(index))
+                optim.step()
+                optim.zero_grad(set_to_none=True)
+                bar.set_postfix(totals.peek())
+        results = totals.mean()
+
+        model.eval()
+        grid = reconstruct(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
+        writer.add_scalar("mae_loss", results["loss"], epoch)
+        writer.add_scalar("lr", lr, epoch)
+        writer.add_scalar("images_per_second", totals.per_second, epoch)
+        writer.add_image("mae_image", grid, epoch)
+        utils.save_model(
+            args.model_path, model, architecture, args, epoch=epoch + 1, metrics=results
+        )
+        utils.save_png(png_path, grid)
+        print(
+            f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
+            f"{totals.per_second:,.0f} images/s",
+            flush=True,
+        )
+    writer.close()
+    print(f"model: {args.model_path}, reconstructions: {png_path}")
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main(get_args())

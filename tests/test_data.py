@@ -1,0 +1,220 @@
+"""Every data set, read from files that the tests write, and what is wrong with them named."""
+
+import argparse
+import hashlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import utils
+
+CPU = torch.device("cpu")
+
+
+def load(dataset, path="data", image_size=32, train_images=None, need_classes=True):
+    args = argparse.Namespace(
+        dataset=dataset, data_path=str(path), image_size=image_size, train_images=train_images
+    )
+    return utils.load_pictures(args, CPU, need_classes)
+
+
+def save_picture(path, colour=(200, 100, 50), size=(40, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
+
+
+def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):
+    """Small files in the official format; torchvision is told their md5, which it checks."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    written, md5 = {}, {}
+    for name, n in files.items():
+        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = [int(x) for x in rng.integers(0, 10, n)]
+        content = pickle.dumps({"data": data, label_key: labels})
+        (folder / name).write_bytes(content)
+        written[name], md5[name] = (data, labels), hashlib.md5(content).hexdigest()
+    content = pickle.dumps(meta)
+    (folder / "the_meta").write_bytes(content)
+    names = list(files)
+    monkeypatch.setattr(dataset, "train_list", [[name, md5[name]] for name in names[:-1]])
+    monkeypatch.setattr(dataset, "test_list", [[names[-1], md5[names[-1]]]])
+    key = next(iter(meta))
+    monkeypatch.setattr(
+        dataset,
+        "meta",
+        {"filename": "the_meta", "key": key, "md5": hashlib.md5(content).hexdigest()},
+    )
+    return written
+
+
+def test_cifar10_in_the_official_format(tmp_path, monkeypatch):
+    classes = [f"class {i}" for i in range(10)]
+    files = write_official_files(
+        monkeypatch,
+        torchvision.datasets.CIFAR10,
+        tmp_path / "cifar-10-batches-py",
+        {"data_batch_1": 6, "data_batch_2": 5, "test_batch": 4},
+        {"label_names": classes},
+        "labels",
+    )
+    pictures = load("cifar10", tmp_path)
+    assert pictures.train_images.shape == (11, 3, 32, 32) and pictures.classes == classes
+    assert pictures.train_images.dtype == torch.uint8 and pictures.train_images.is_contiguous()
+    data, labels = files["data_batch_2"]  # rows are 1,024 red, 1,024 green, 1,024 blue pixels
+    assert pictures.train_images[6 + 3, 1, 7, 9] == data[3, 1024 + 7 * 32 + 9]
+    assert pictures.train_labels[6:].tolist() == labels
+    assert pictures.val_labels.tolist() == files["test_batch"][1]
+
+
+def test_cifar100_in_the_official_format(tmp_path, monkeypatch):
+    files = write_official_files(
+        monkeypatch,
+        torchvision.datasets.CIFAR100,
+        tmp_path / "cifar-100-python",
+        {"train": 6, "test": 4},
+        {"fine_label_names": [str(i) for i in range(100)]},
+        "fine_labels",
+    )
+    pictures = load("cifar100", tmp_path)
+    assert pictures.train_labels.tolist() == files["train"][1] and len(pictures.classes) == 100
+
+
+def test_damaged_cifar10_is_refused_by_its_md5(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    test_cifar10_in_the_official_format(tmp_path, monkeypatch)
+    (folder / "data_batch_1").write_bytes(b"damaged")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://localhost:9/cifar.tar.gz")
+    with pytest.raises(utils.InputError, match="cannot get cifar10"):
+        load("cifar10", tmp_path)
+
+
+def test_no_network_for_cifar10_says_where_the_archive_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://localhost:9/cifar.tar.gz")
+    with pytest.raises(utils.InputError) as error:
+        load("cifar10", tmp_path)
+    message = str(error.value)
+    assert "cifar-10-python.tar.gz" in message and str(tmp_path) in message
+    assert "--demo" in message and "\n" not in message
+
+
+def test_image_size_must_be_that_of_cifar(tmp_path):
+    with pytest.raises(utils.InputError, match="image size 64 does not fit cifar10.*32x32"):
+        load("cifar10", tmp_path, image_size=64)
+
+
+def test_pixels_are_scaled_to_minus_one_to_one():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    ours = utils.to_float(pixels)
+    assert ours[0] == -1 and ours[-1] == 1
+    torch.testing.assert_close(ours, (pixels.float() / 255 - 0.5) / 0.5)
+
+
+def test_folder_with_classes(tmp_path):
+    for i, name in enumerate(["b é", "a"]):
+        for part, n in (("train", 3), ("val", 2)):
+            for k in range(n):
+                save_picture(tmp_path / part / name / f"{k}.png", (i * 200, 10, 10 * k))
+    pictures = load("folder", tmp_path, image_size=16)
+    assert pictures.classes == ["a", "b é"]
+    assert pictures.train_images.shape == (6, 3, 16, 16)
+    assert pictures.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert pictures.train_images[:, :, 8, 8].tolist() == [
+        [i * 200, 10, 10 * k] for i in (1, 0) for k in range(3)
+    ]
+    assert pictures.val_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:, 32:96] = 255  # the middle half is white, and the crop is the middle half
+    (tmp_path / "train").mkdir()
+    Image.fromarray(picture).save(tmp_path / "train" / "x.png")
+    pictures = load("folder", tmp_path, image_size=32, need_classes=False)
+    assert (pictures.train_images[0, :, :, 2:30] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_folder_reads_other_colour_modes(tmp_path, mode):
+    name = "x.tif" if mode == "CMYK" else "x.png"
+    save_picture(tmp_path / name, (255, 255, 255), mode=mode)
+    assert load("folder", tmp_path, need_classes=False).train_images.shape == (1, 3, 32, 32)
+
+
+def test_folder_of_pictures_without_classes(tmp_path):
+    for k in range(20):
+        save_picture(tmp_path / "deep" / str(k % 2) / f"{k}.jpg")
+    pictures = load("folder", tmp_path, need_classes=False)
+    assert len(pictures.train_images) == 20
+    assert torch.equal(pictures.val_images, pictures.train_images[:16])
+    with pytest.raises(utils.InputError, match="train/<class>"):
+        load("folder", tmp_path)
+
+
+def test_broken_picture_is_named(tmp_path):
+    save_picture(tmp_path / "train" / "fine.png")
+    content = (tmp_path / "train" / "fine.png").read_bytes()
+    (tmp_path / "train" / "torn.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(utils.InputError, match="torn.png"):
+        load("folder", tmp_path, need_classes=False)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(utils.InputError, match="nowhere"):
+        load("folder", tmp_path / "nowhere", need_classes=False)
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+    with pytest.raises(utils.InputError, match=str(tmp_path)):
+        load("folder", tmp_path, need_classes=False)
+    with pytest.raises(utils.InputError, match=str(tmp_path)):
+        load("folder", tmp_path)
+
+
+def test_class_that_training_does_not_know(tmp_path):
+    for path in ("train/a/1.png", "train/b/1.png", "test/b/1.png", "test/c/1.png"):
+        save_picture(tmp_path / path)
+    with pytest.raises(utils.InputError, match="'c'"):
+        load("folder", tmp_path)
+    os.remove(tmp_path / "test/c/1.png")
+    os.rmdir(tmp_path / "test/c")
+    assert load("folder", tmp_path).val_labels.tolist() == [1]
+
+
+def test_shapes_are_a_function_of_the_seed():
+    images, labels = utils.draw_shapes(200, 32, seed=0)
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [20] * 10
+    again, other = utils.draw_shapes(200, 32, seed=0), utils.draw_shapes(200, 32, seed=1)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    rows = {image.numpy().tobytes() for image in torch.cat([images, other[0]])}
+    assert len(rows) == 400  # no picture twice: validation is drawn from another seed
+
+
+def test_shapes_of_one_kind_differ_and_kinds_differ_in_form():
+    images, labels = utils.draw_shapes(400, 32, seed=0)
+    for kind in range(10):
+        colours = images[labels == kind].float().mean((2, 3))
+        assert (colours.std(0) > 10).all()
+    # Averaged over colours, the outlines tell the ten kinds apart.
+    outlines = []
+    for kind in range(10):
+        edges = images[labels == kind].float().diff(dim=-1).abs().sum(1)
+        outlines.append((edges / edges.amax((1, 2), keepdim=True)).mean(0).flatten())
+    distance = torch.cdist(torch.stack(outlines), torch.stack(outlines)) + torch.eye(10) * 1e9
+    assert distance.min() > 0.5
+
+
+def test_train_images_are_spread_over_the_classes():
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2)
+    labels = torch.tensor([0] * 30 + [1] * 10 + [2] * 20)
+    pictures = utils.Pictures(images, labels, images[:4], labels[:4], ["a", "b", "c"])
+    few = utils.take_train_images(pictures, 6)
+    assert few.train_labels.bincount().tolist() == [3, 1, 2]
+    assert few.train_images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    with pytest.raises(utils.InputError, match="only 60"):
+        utils.take_train_images(pictures, 61)

@@ -1,0 +1,213 @@
+"""The model against independent implementations: plain loops, hand-written sums, timm's own ViT."""
+
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import utils
+from mae_pretrain import MAELoss, patch_mean_std
+from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier, random_indexes, take_indexes
+
+TINY = {
+    "image_size": 16,
+    "patch_size": 4,
+    "emb_dim": 24,
+    "encoder_layer": 2,
+    "decoder_layer": 1,
+}
+
+
+def test_published_size():
+    model = MAE_ViT()
+    assert sum(p.numel() for p in model.parameters()) == 7_212_684
+    assert sum(p.numel() for p in model.encoder.parameters()) == 5_383_680
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes["encoder.cls_token"] == (1, 1, 192)
+    assert shapes["encoder.pos_embedding"] == (256, 1, 192)
+    assert shapes["encoder.patchify.weight"] == (192, 3, 2, 2)
+    assert shapes["encoder.transformer.11.attn.qkv.weight"] == (576, 192)
+    assert shapes["encoder.layer_norm.weight"] == (192,)
+    assert shapes["decoder.mask_token"] == (1, 1, 192)
+    assert shapes["decoder.pos_embedding"] == (257, 1, 192)
+    assert shapes["decoder.transformer.3.mlp.fc2.bias"] == (192,)
+    assert shapes["decoder.head.weight"] == (12, 192)
+    assert "encoder.transformer.0.attn.qkv.bias" not in shapes
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+
+
+def test_random_indexes_are_a_permutation_and_its_inverse():
+    forward, backward = random_indexes(50)
+    assert sorted(forward.tolist()) == list(range(50))
+    assert forward[backward].tolist() == list(range(50))
+    noise = torch.tensor([[0.3, 0.1, 0.2], [0.5, 0.5, 0.0]])  # ties keep their order
+    forward, backward = random_indexes(3, noise)
+    assert forward.tolist() == [[1, 2, 0], [2, 0, 1]]
+    assert backward.tolist() == [[2, 0, 1], [1, 2, 0]]
+
+
+@pytest.mark.parametrize("T", [1, 4, 9, 16, 49, 64, 100, 196, 256])
+@pytest.mark.parametrize("percent", [0, 5, 10, 25, 30, 50, 60, 70, 75, 80, 90, 95, 99])
+def test_exact_number_of_visible_patches(T, percent):
+    exact = T * (100 - percent) // 100  # in whole numbers: T * (1 - ratio) rounded down
+    visible, forward, backward = PatchShuffle(percent / 100)(torch.randn(T, 2, 3))
+    assert visible.shape == (exact, 2, 3)
+    assert forward.shape == backward.shape == (T, 2)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 0.9])
+def test_hidden_pixels_are_counted_exactly(ratio):
+    model = MAE_ViT(**TINY | {"image_size": 40}, mask_ratio=ratio)  # 100 patches of 4x4
+    predicted_img, mask = model(torch.randn(3, 3, 40, 40))
+    assert predicted_img.shape == mask.shape == (3, 3, 40, 40)
+    hidden = 100 - math.floor(100 * (1 - ratio) + 1e-9)
+    assert mask.sum((1, 2, 3)).tolist() == [hidden * 4 * 4 * 3] * 3
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+
+
+def test_shuffle_unshuffle_and_mask_agree_with_loops():
+    T, B, C, T_vis, p = 16, 3, 24, 4, 4
+    torch.manual_seed(0)
+    model = MAE_ViT(**TINY, mask_ratio=0.75).eval()
+    patches, noise = torch.randn(T, B, C), torch.rand(B, T)
+    visible, forward, backward = model.encoder.shuffle(patches, noise)
+    for b in range(B):
+        by_noise = sorted(range(T), key=lambda t: noise[b, t].item())
+        for i in range(T_vis):
+            assert torch.equal(visible[i, b], patches[by_noise[i], b])
+        assert [by_noise[i] for i in backward[:, b].tolist()] == list(range(T))
+    assert torch.equal(take_indexes(patches, forward), torch.stack(
+        [torch.stack([patches[forward[t, b], b] for b in range(B)]) for t in range(T)]
+    ))  # fmt: skip
+
+    features = torch.randn(1 + T_vis, B, C)
+    decoder = model.decoder
+    predicted_img, mask = decoder(features, backward)
+    for b in range(B):
+        tokens = [features[0, b] + decoder.pos_embedding[0, 0]]
+        shown = {}
+        for t in range(T):
+            i = int(backward[t, b])
+            shown[t] = i < T_vis
+            token = features[1 + i, b] if shown[t] else decoder.mask_token[0, 0]
+            tokens.append(token + decoder.pos_embedding[1 + t, 0])
+        pixels = decoder.head(decoder.transformer(torch.stack(tokens)[None]))[0, 1:]
+        for t in range(T):
+            row, column = divmod(t, 16 // p)
+            for c in range(3):
+                for y in range(p):
+                    for x in range(p):
+                        value = pixels[t, c * p * p + y * p + x]
+                        where = b, c, row * p + y, column * p + x
+                        assert mask[where] == (0 if shown[t] else 1)
+                        torch.testing.assert_close(predicted_img[where], value, atol=1e-5, rtol=0)
+
+
+def test_patches_come_back_as_the_picture_they_were_cut_from():
+    decoder, img = MAE_ViT(**TINY).decoder, torch.randn(2, 3, 16, 16)
+    cut = torch.nn.functional.unfold(img, 4, stride=4)  # [B, 3*4*4 in (c p1 p2) order, T]
+    assert torch.equal(decoder.patch2img(cut.permute(2, 0, 1)), img)
+
+
+def test_noise_decides_and_none_draws_anew():
+    model, img = MAE_ViT(**TINY).eval(), torch.randn(2, 3, 16, 16)
+    noise = torch.rand(2, 16)
+    assert torch.equal(model(img, noise)[0], model(img, noise)[0])
+    assert not torch.equal(model(img)[1], model(img)[1])
+
+
+def test_hidden_patches_do_not_reach_the_encoder():
+    torch.manual_seed(0)
+    model, img, noise = MAE_ViT(**TINY).eval(), torch.randn(1, 3, 16, 16), torch.rand(1, 16)
+    predicted_img, mask = model(img, noise)
+    other = torch.where(mask == 1, torch.randn_like(img), img)
+    assert torch.equal(model(other, noise)[0], predicted_img)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_is_the_mean_over_hidden_pixels(norm_pix_loss):
+    torch.manual_seed(0)
+    model = MAE_ViT(**TINY, mask_ratio=0.6).eval()
+    img, noise = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8), torch.rand(3, 16)
+    loss = MAELoss(model, 4, norm_pix_loss)(img, noise)
+    predicted_img, mask = model(img.float() / 255 * 2 - 1, noise)
+    for b in range(3):
+        squares = []
+        for y in range(0, 16, 4):
+            for x in range(0, 16, 4):
+                patch = img[b, :, y : y + 4, x : x + 4].double() / 255 * 2 - 1
+                if norm_pix_loss:
+                    patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                if mask[b, 0, y, x] == 1:
+                    error = predicted_img[b, :, y : y + 4, x : x + 4].double() - patch
+                    squares += (error**2).flatten().tolist()
+        assert len(squares) == 10 * 48  # 16 patches, int(16 * 0.4) = 6 of them visible
+        assert loss[b].item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+def test_patch_mean_std_undoes_the_normalisation():
+    img = torch.randn(2, 3, 16, 16)
+    mean, std = patch_mean_std(img, 4)
+    normalised = (img - mean) / std
+    assert normalised[0, :, 4:8, 8:12].mean().item() == pytest.approx(0, abs=1e-5)
+    assert normalised[0, :, 4:8, 8:12].var().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(normalised * std + mean, img)
+
+
+def test_classifier_equals_timms_vision_transformer():
+    torch.manual_seed(0)
+    ours = ViT_Classifier(MAE_Encoder(32, 4, 48, num_layer=3, num_head=4), num_classes=7).eval()
+    timms = VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=4, num_classes=7,
+        qkv_bias=False, no_embed_class=True, norm_layer=torch.nn.LayerNorm,
+    ).eval()  # fmt: skip
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        name = name.replace("transformer.", "blocks.").replace("layer_norm.", "norm.")
+        name = name.replace("patchify.", "patch_embed.proj.")
+        weights[name.replace("pos_embedding", "pos_embed")] = tensor
+    weights["pos_embed"] = weights["pos_embed"].permute(1, 0, 2)
+    timms.load_state_dict(weights, strict=True)
+    img = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(img), timms(img), atol=1e-5, rtol=1e-5)
+
+
+def test_classifier_trains_the_encoder_it_is_given():
+    encoder = MAE_Encoder(16, 4, 24, num_layer=1)
+    classifier = ViT_Classifier(encoder)
+    classifier(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert classifier.patchify is encoder.patchify
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_learning_rate_is_the_sources():
+    def lr(epoch):
+        return utils.learning_rate(epoch, 1.5e-4, 4096, 2000, 200)
+
+    assert lr(0) == pytest.approx(2.4e-3 / 200)
+    assert lr(99) == pytest.approx(2.4e-3 / 2)
+    assert lr(1000) == pytest.approx(2.4e-3 / 2)
+    assert lr(1999) == pytest.approx(2.4e-3 * 0.5 * (math.cos(math.pi * 1999 / 2000) + 1))
+    # Where the two meet the smaller of them counts, so the peak lies a little below the base.
+    assert lr(194) == pytest.approx(2.4e-3 * 195 / 200)
+    assert max(range(2000), key=lr) == 195
+    assert lr(195) == pytest.approx(2.4e-3 * 0.5 * (math.cos(math.pi * 195 / 2000) + 1))
+    assert utils.learning_rate(0, 1e-3, 256, 10, 0) == pytest.approx(1e-3)  # no warm-up
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"image_size": 18}, "image size 18 is no multiple of patch size 4"),
+        ({"emb_dim": 25}, "width 25 is no multiple"),
+        ({"decoder_head": 5}, "width 24 is no multiple"),
+        ({"mask_ratio": 1.0}, "mask ratio 1.0"),
+        ({"mask_ratio": -0.1}, "mask ratio -0.1"),
+        ({"mask_ratio": 0.99}, "leaves no patch"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        MAE_ViT(**TINY | sizes)

@@ -1,0 +1,176 @@
+"""Train a Vision Transformer classifier, from scratch or from a pretrained masked autoencoder.
+
+    python train_classifier.py
+    python train_classifier.py --pretrained_model_path vit-t-mae.pth \\
+                               --output_model_path vit-t-classifier-from_pretrained.pth
+    python train_classifier.py --demo [--pretrained_model_path vit-t-mae-demo.pth]
+    tensorboard --logdir logs
+
+Prints the accuracy on the validation pictures after every epoch, and writes the classifier of the
+best epoch to --output_model_path.
+"""
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
+
+import utils
+from model import MAE_Encoder, ViT_Classifier
+
+ENCODER = {
+    "image_size": 32,
+    "patch_size": 2,
+    "emb_dim": 192,
+    "encoder_layer": 12,
+    "encoder_head": 3,
+}
+# A thousand labels, where mae_pretrain.py --demo saw 30,000 pictures.
+DEMO = {
+    "dataset": "shapes",
+    "train_images": 1000,
+    "batch_size": 64,
+    "base_learning_rate": 4e-3,
+    "total_epoch": 20,
+    "warmup_epoch": 5,
+    "output_model_path": "vit-t-classifier-demo.pth",
+}
+DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 96, "encoder_layer": 4}
+
+
+def get_args(argv=None):
+    parser = utils.ArgumentParser(__doc__)
+    # fmt: off
+    parser.add_argument("--demo", action="store_true",
+        help="set defaults for a run of a minute without network: "
+             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+    utils.add_data_flags(parser)
+    add = parser.add_argument_group("model",
+        "read from the file where --pretrained_model_path is given").add_argument
+    add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
+    add("--image_size", type=utils.positive_int, help="(default: 32)")
+    add("--patch_size", type=utils.positive_int, help="(default: 2)")
+    add("--emb_dim", type=utils.positive_int, help="width; a multiple of the heads (default: 192)")
+    add("--encoder_layer", type=utils.positive_int, help="(default: 12)")
+    add("--encoder_head", type=utils.positive_int, help="(default: 3)")
+    utils.add_training_flags(parser, seed=2022, batch_size=128, base_learning_rate=1e-3,
+        weight_decay=0.05, total_epoch=100, warmup_epoch=5)
+    utils.add_device_flags(parser, max_device_batch_size=256)
+    add = parser.add_argument_group("output").add_argument
+    add("--output_model_path", default="vit-t-classifier-from_scratch.pth")
+    add("--log_dir", default="logs",
+        help="TensorBoard curves go into <log_dir>/<dataset>/scratch-cls or pretrain-cls; "
+             "of later runs, scratch-cls-2, ...")
+    # fmt: on
+    return parser.parse_with_demo(argv, DEMO)
+
+
+def get_encoder(args):
+    """The encoder to train, new or from --pretrained_model_path -> MAE_Encoder, architecture.
+
+    Raises InputError, naming both values, if a flag does not fit the pretrained file.
+    """
+    path = args.pretrained_model_path
+    if path:
+        mae, architecture = utils.load_mae(path)
+    else:
+        architecture = DEMO_ENCODER if args.demo else ENCODER
+    for name in ENCODER:
+        value = getattr(args, name)
+        if path and value not in (None, architecture[name]):
+            raise utils.InputError(
+                f"--{name} {value} does not fit {path}, whose {name} is {architecture[name]}"
+            )
+        setattr(args, name, value or architecture[name])
+    architecture = {name: getattr(args, name) for name in ENCODER}
+    return mae.encoder if path else utils.build(MAE_Encoder, *architecture.values()), architecture
+
+
+@torch.no_grad()
+def evaluate(net, images, labels, part_size):
+    """Mean loss and accuracy over all images, exact whatever the number of the last ones."""
+    totals = utils.Totals(images.device, ["loss", "acc"])
+    for img, label in zip(images.split(part_size), labels.split(part_size), strict=True):
+        logits = net(utils.to_float(img)).float()  # [b,num_classes]
+        loss = cross_entropy(logits, label, reduction="sum")
+        totals.add(len(img), loss, (logits.argmax(-1) == label).sum())
+    return totals.mean()
+
+
+def main(args):
+    utils.setup_seed(args.seed)
+    device = utils.choose_device(args.device)
+    precision = utils.choose_precision(args.precision, device)
+    utils.check_output(args.output_model_path)
+    utils.warn_of_long_warmup(args)
+
+    encoder, architecture = get_encoder(args)
+    pictures = utils.load_pictures(args, device)
+    architecture["num_classes"] = len(pictures.classes)
+    model = ViT_Classifier(encoder, len(pictures.classes))
+    net = utils.place(model, device, precision)
+    optim = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
+    )
+    images, labels = pictures.train_images, pictures.train_labels
+    part_size = args.max_device_batch_size
+
+    name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
+    folder = utils.new_run_folder(args.log_dir, args.dataset, name)
+    writer = SummaryWriter(folder)
+    utils.describe_run(args, device, precision, model, pictures, folder)
+
+    best = {"acc": -1.0}
+    for epoch in range(args.total_epoch):
+        lr = utils.set_learning_rate(optim, epoch, args)
+        model.train()
+        order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
+        totals = utils.Totals(device, ["loss", "acc"])
+        with utils.progress_bar(f"Epoch {epoch + 1}/{args.total_epoch}", len(images)) as bar:
+            for batch in order.split(args.batch_size):
+                for index in batch.split(part_size):
+                    index = utils.to_device(index, device)
+                    img, label = utils.to_float(images[index]), labels[index]
+                    logits = net(img).float()  # [b,num_classes]
+                    loss = cross_entropy(logits, label, reduction="sum")
+                    (loss / len(batch)).backward()  # a batch's gradient is that of its mean loss
+                    totals.add(len(img), loss.detach(), (logits.argmax(-1) == label).sum())
+                    bar.update(len(img))
+                optim.step()
+                optim.zero_grad(set_to_none=True)
+                bar.set_postfix(totals.peek())
+        train = totals.mean()
+
+        model.eval()
+        val = evaluate(net, pictures.val_images, pictures.val_labels, part_size)
+        writer.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
+        writer.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
+        writer.add_scalar("lr", lr, epoch)
+        writer.add_scalar("images_per_second", totals.per_second, epoch)
+        print(
+            f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
+            f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
+            f"lr {lr:.2e}, {totals.per_second:,.0f} images/s",
+            flush=True,
+        )
+        if val["acc"] > best["acc"]:
+            best = {"epoch": epoch + 1, **val}
+            utils.save_model(
+                args.output_model_path,
+                model,
+                architecture,
+                args,
+                epoch=epoch + 1,
+                metrics={"train": train, "val": val},
+                classes=pictures.classes,
+            )
+    writer.close()
+    print(
+        f"accuracy on {len(pictures.val_images):,} validation pictures: best {best['acc']:.2%} "
+        f"(epoch {best['epoch']}, chosen on these pictures), last {val['acc']:.2%}; "
+        f"model of the best epoch: {args.output_model_path}"
+    )
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main(get_args())
