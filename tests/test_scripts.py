@@ -1,0 +1,357 @@
+"""Both scripts, through their command lines: what they write, print and refuse."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mae_pretrain
+import train_classifier
+import utils
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --device cpu --precision fp32".split()
+PRETRAIN = [*TINY, *"--dataset shapes --train_images 60 --decoder_layer 1 -bs 25".split()]
+PRETRAIN += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
+CLASSIFY = [*TINY, *"--dataset shapes --train_images 60 --batch_size 25".split()]
+CLASSIFY += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    """Every test starts where a user starts: in a folder without runs. Fewer shapes are drawn."""
+    monkeypatch.chdir(tmp_path)
+    few = utils.Pictures(
+        *utils.draw_shapes(90, 32, 0), *utils.draw_shapes(37, 32, 1), list(utils.SHAPES)
+    )
+    monkeypatch.setattr(utils, "read_shapes", lambda image_size: few)
+
+
+def pretrain(*flags):
+    mae_pretrain.main(mae_pretrain.get_args([*PRETRAIN, *flags]))
+
+
+def classify(*flags):
+    train_classifier.main(train_classifier.get_args([*CLASSIFY, *flags]))
+
+
+def run(script, *flags, **kwargs):
+    """A script in a process of its own, from the folder of the test."""
+    command = [sys.executable, os.path.join(REPOSITORY, script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def events(folder):
+    accumulator = EventAccumulator(folder, size_guidance={"images": 0, "scalars": 0})
+    return accumulator.Reload()
+
+
+def scalars(folder, tag):
+    return [(e.step, e.value) for e in events(folder).Scalars(tag)]
+
+
+def same_weights(path, other, tolerance=0.0):
+    a, b = read(path)["model"], read(other)["model"]
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+def test_pretraining_writes_model_picture_and_curves(capsys):
+    pretrain("--model_path", "new/folder/mae.pth")
+    folder = "logs/shapes/mae-pretrain"
+    for tag in ("mae_loss", "lr", "images_per_second"):
+        assert [step for step, _ in scalars(folder, tag)] == [0, 1]
+    expected = [utils.learning_rate(e, 1.5e-4, 25, 2, 1) for e in (0, 1)]
+    assert [value for _, value in scalars(folder, "lr")] == pytest.approx(expected)
+    images = events(folder).Images("mae_image")
+    assert [(i.step, i.width, i.height) for i in images] == [(e, 6 * 32, 8 * 32) for e in (0, 1)]
+    with Image.open("new/folder/mae.png") as picture:
+        assert picture.size == (4 * 6 * 32, 4 * 8 * 32)
+
+    content = read("new/folder/mae.pth")
+    assert content["kind"] == "MAE_ViT" and content["epoch"] == 2
+    assert content["args"]["batch_size"] == 25 and content["args"]["mask_ratio"] == 0.75
+    model = MAE_ViT(**content["architecture"])
+    model.load_state_dict(content["model"], strict=True)
+    assert content["metrics"]["loss"] == pytest.approx(scalars(folder, "mae_loss")[1][1], rel=1e-6)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("epoch ") for line in lines) == 2  # they stay without a terminal
+
+
+def test_same_pictures_and_masks_at_every_epoch(capsys):
+    pretrain("--base_learning_rate", "0")
+    first, second = events("logs/shapes/mae-pretrain").Images("mae_image")
+    assert first.encoded_image_string == second.encoded_image_string
+
+
+def test_reconstruction_shows_masked_reconstructed_and_original():
+    torch.manual_seed(0)
+    model = MAE_ViT(image_size=32, patch_size=8, emb_dim=24, encoder_layer=1, decoder_layer=1)
+    img, noise = utils.draw_shapes(4, 32, 0)[0], torch.rand(4, 16)
+    grid = mae_pretrain.reconstruct(model, img, noise, patch_size=8)
+    assert grid.shape == (3, 2 * 32, 6 * 32) and grid.min() >= 0 and grid.max() <= 1
+    original = img[1].float() / 255
+    masked, reconstructed, shown = (grid[:, :32, x : x + 32] for x in (96, 128, 160))
+    torch.testing.assert_close(shown, original)
+    hidden = (masked == 0.5).all(0)
+    assert hidden.sum() == 12 * 64
+    torch.testing.assert_close(reconstructed[:, ~hidden], original[:, ~hidden])
+    assert not torch.equal(reconstructed[:, hidden], original[:, hidden])
+
+
+def test_result_does_not_depend_on_the_micro_batch():
+    for size in (60, 16, 7, 1):
+        pretrain("--max_device_batch_size", str(size), "--model_path", f"mae-{size}.pth")
+        classify("--max_device_batch_size", str(size), "--output_model_path", f"cls-{size}.pth")
+    for size in (16, 7, 1):
+        same_weights(f"mae-{size}.pth", "mae-60.pth", tolerance=1e-5)
+        same_weights(f"cls-{size}.pth", "cls-60.pth", tolerance=1e-5)
+    losses = scalars("logs/shapes/mae-pretrain", "mae_loss")
+    for n in (2, 3, 4):
+        assert scalars(f"logs/shapes/mae-pretrain-{n}", "mae_loss") == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in losses
+        ]
+
+
+def test_accumulation_with_a_short_last_window_equals_big_batches():
+    """The updates of one epoch, written out: batches of 25, 25 and 10, the mean over each."""
+    pretrain("--total_epoch", "1")
+    utils.setup_seed(42)
+    model = MAE_ViT(32, 8, 24, 1, 3, 1, 3)
+    optim = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    optim.param_groups[0]["lr"] = utils.learning_rate(0, 1.5e-4, 25, 1, 1)
+    images = utils.take_train_images(utils.read_shapes(32), 60).train_images
+    order = torch.randperm(60, generator=utils.generator("order", 42, 0))
+    for update, rows in enumerate((order[:25], order[25:50], order[50:])):
+        rng = utils.generator("masks", 42, 0, update)
+        img = images[rows].float() / 255 * 2 - 1
+        predicted_img, mask = model(img, torch.rand(len(rows), 16, generator=rng))
+        loss = ((predicted_img - img) ** 2)[mask == 1].mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    weights = read("vit-t-mae.pth")["model"]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_classifier_writes_its_best_epoch_and_curves(pretrained, capsys):
+    flags, name = [], "scratch-cls"
+    if pretrained:
+        pretrain()
+        flags, name = ["--pretrained_model_path", "vit-t-mae.pth"], "pretrain-cls"
+    classify("--output_model_path", "cls.pth", *flags)
+    folder = f"logs/shapes/{name}"
+    curves = {}
+    for tag in ("loss", "acc"):
+        for part in ("train", "val"):
+            curves[tag, part] = scalars(f"{folder}/cls_{tag}_{part}", f"cls/{tag}")
+            assert [step for step, _ in curves[tag, part]] == [0, 1]
+    assert [step for step, _ in scalars(folder, "lr")] == [0, 1]
+    assert [step for step, _ in scalars(folder, "images_per_second")] == [0, 1]
+
+    content = read("cls.pth")
+    assert content["kind"] == "ViT_Classifier" and content["classes"] == utils.SHAPES
+    best = max(value for _, value in curves["acc", "val"])
+    assert content["metrics"]["val"]["acc"] == pytest.approx(best)
+    a = content["architecture"]
+    encoder = MAE_Encoder(
+        a["image_size"], a["patch_size"], a["emb_dim"], a["encoder_layer"], a["encoder_head"]
+    )
+    model = ViT_Classifier(encoder, a["num_classes"])
+    model.load_state_dict(content["model"], strict=True)
+
+    # The accuracy again, picture by picture: 37 of them, no multiple of 16.
+    pictures = utils.read_shapes(32)
+    model.eval()
+    with torch.no_grad():
+        correct = sum(
+            int(model(utils.to_float(img[None])).argmax()) == int(label)
+            for img, label in zip(pictures.val_images, pictures.val_labels, strict=True)
+        )
+    assert content["metrics"]["val"]["acc"] == correct / 37
+    last = curves["acc", "val"][-1][1]
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert f"best {best:.2%}" in out and f"last {last:.2%}" in out
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights():
+    pretrain()
+    flags = ["--pretrained_model_path", "vit-t-mae.pth", "--output_model_path", "cls.pth"]
+    classify(*flags, "--base_learning_rate", "0", "--total_epoch", "1")
+    pretrained, fine_tuned = read("vit-t-mae.pth")["model"], read("cls.pth")["model"]
+    for name, tensor in fine_tuned.items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, pretrained[f"encoder.{name}"])
+
+
+def test_architecture_comes_from_the_checkpoint():
+    torch.save(MAE_ViT(32, 16, 36, 3, 3, 2, 3).state_dict(), "bare.pth")
+    pretrain("--model_path", "own.pth")
+    for path, sizes in (("bare.pth", (16, 36, 3)), ("own.pth", (8, 24, 1))):
+        flags = "--dataset shapes --train_images 20 --total_epoch 1 --device cpu".split()
+        flags += ["--pretrained_model_path", path, "--output_model_path", "cls.pth"]
+        train_classifier.main(train_classifier.get_args(flags))
+        architecture = read("cls.pth")["architecture"]
+        keys = ("patch_size", "emb_dim", "encoder_layer")
+        assert tuple(architecture[key] for key in keys) == sizes
+
+
+def test_each_run_has_its_own_curves(capsys):
+    for n in (1, 2, 3):
+        pretrain("--total_epoch", str(n))
+    assert "logs/shapes/mae-pretrain-3" in capsys.readouterr().out
+    for n, name in enumerate(("mae-pretrain", "mae-pretrain-2", "mae-pretrain-3"), 1):
+        assert len(scalars(f"logs/shapes/{name}", "mae_loss")) == n
+
+
+def test_same_arguments_give_the_same_bits():
+    for name in ("a", "b"):
+        pretrain("--model_path", f"{name}.pth")
+        classify("--output_model_path", f"cls-{name}.pth", "--precision", "bf16")
+    same_weights("a.pth", "b.pth")
+    same_weights("cls-a.pth", "cls-b.pth")
+
+
+def test_norm_pix_loss_and_one_validation_picture(tmp_path):
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "only.png")
+    flags = ["--dataset", "folder", "--data_path", str(tmp_path), "--train_images", "1"]
+    pretrain(*flags, "--norm_pix_loss")
+    image = events("logs/folder/mae-pretrain").Images("mae_image")[0]
+    assert (image.width, image.height) == (96, 32)
+
+
+def test_demo_sets_defaults_and_flags_win():
+    args = mae_pretrain.get_args(["--demo", "--total_epoch", "3"])
+    assert args.dataset == "shapes" and args.total_epoch == 3
+    assert args.batch_size == mae_pretrain.DEMO["batch_size"]
+    args = mae_pretrain.get_args([])
+    assert (args.seed, args.batch_size, args.max_device_batch_size) == (42, 4096, 128)
+    assert (args.base_learning_rate, args.weight_decay, args.mask_ratio) == (1.5e-4, 0.05, 0.75)
+    assert (args.total_epoch, args.warmup_epoch) == (2000, 200)
+    assert args.model_path == "vit-t-mae.pth" and args.dataset == "cifar10"
+    args = train_classifier.get_args([])
+    assert (args.seed, args.batch_size, args.max_device_batch_size) == (2022, 128, 256)
+    assert (args.base_learning_rate, args.weight_decay) == (1e-3, 0.05)
+    assert (args.total_epoch, args.warmup_epoch, args.pretrained_model_path) == (100, 5, None)
+    assert args.output_model_path == "vit-t-classifier-from_scratch.pth"
+    assert train_classifier.get_args(["--demo"]).train_images == 1000
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "folder", "shapes"])
+def test_each_data_set_through_both_scripts(dataset, monkeypatch):
+    pictures = utils.read_shapes(32)
+    for reader in ("read_cifar", "read_folder"):
+        monkeypatch.setattr(utils, reader, lambda *_: pictures)
+    pretrain("--dataset", dataset, "--total_epoch", "1")
+    classify("--dataset", dataset, "--total_epoch", "1")
+    assert os.path.isdir(f"logs/{dataset}/mae-pretrain")
+    assert os.path.isdir(f"logs/{dataset}/scratch-cls")
+
+
+def test_a_process_of_its_own_on_real_files(tmp_path):
+    for part, n in (("train", 6), ("test", 3)):
+        for name in ("bright", "dark"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                value = 20 * i + (128 if name == "bright" else 0)
+                picture = np.full((20, 30, 3), value, np.uint8)
+                Image.fromarray(picture).save(tmp_path / part / name / f"{i}.png")
+    sizes = "--image_size 16 --train_images 12 --dataset folder --data_path .".split()
+    done = run("mae_pretrain.py", *PRETRAIN, *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stdout and "mae_loss" not in done.stderr
+    done = run(
+        "train_classifier.py", "--dataset", "folder", "--data_path", ".", "--total_epoch", "1",
+        "--pretrained_model_path", "vit-t-mae.pth", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accuracy on 6 validation pictures" in done.stdout
+    assert [step for step, _ in scalars("logs/folder/mae-pretrain", "mae_loss")] == [0, 1]
+    done = run("mae_pretrain.py", "--help")
+    assert done.returncode == 0
+    assert "base_learning_rate * batch_size / 256" in " ".join(done.stdout.split())
+
+
+BAD_FLAGS = [
+    ("--mask_ratio 0", "--mask_ratio"),
+    ("--mask_ratio 1", "--mask_ratio"),
+    ("--mask_ratio nan", "--mask_ratio"),
+    ("--mask_ratio 0.99", "leaves no patch"),
+    ("--batch_size 0", "--batch_size"),
+    ("--max_device_batch_size -1", "--max_device_batch_size"),
+    ("--total_epoch 0", "--total_epoch"),
+    ("--warmup_epoch -1", "--warmup_epoch"),
+    ("--patch_size 5", "image size 32 is no multiple of patch size 5"),
+    ("--emb_dim 25", "width 25 is no multiple"),
+    ("--decoder_head 5", "width 24 is no multiple"),
+    ("--dataset imagenet", "--dataset"),
+    ("--dataset folder --data_path nowhere", "nowhere"),
+    ("--dataset cifar10 --image_size 64", "32x32"),
+    ("--train_images 91", "only 90"),
+    ("--model_path .", "cannot write"),
+    ("--model_path file/mae.pth", "cannot write"),
+    ("--log_dir file", "file"),
+    ("--seed x", "--seed"),
+    ("--total_epochs 3", "--total_epochs"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_bad_input_is_one_line_and_leaves_no_trace(flags, message, capsys):
+    with open("file", "w") as file:
+        file.write("not a folder")
+    with pytest.raises(SystemExit) as stop, utils.one_line_errors():
+        pretrain(*flags.split())
+    text = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert message in text and len(text.strip().splitlines()) == 1
+    assert sorted(os.listdir()) == ["file"]
+
+
+def test_bad_pretrained_files(tmp_path):
+    torch.save(MAE_ViT(64, 16, 24, 1, 3, 1, 3).state_dict(), "large.pth")
+    torch.save({"model": {}, "kind": "ViT_Classifier"}, "classifier.pth")
+    torch.save({"some": torch.zeros(3)}, "other.pth")
+    (tmp_path / "text.pth").write_text("no checkpoint at all")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    pretrain()
+    for flags, messages in [
+        ("missing.pth", ["missing.pth", "mae_pretrain.py"]),
+        ("text.pth", ["text.pth", "no checkpoint"]),
+        ("empty.pth", ["empty.pth", "no checkpoint"]),
+        ("other.pth", ["other.pth", "MAE_ViT"]),
+        ("classifier.pth", ["classifier.pth", "ViT_Classifier"]),
+        ("large.pth --dataset cifar10", ["64", "32x32"]),
+        ("large.pth --image_size 32", ["large.pth", "64", "32"]),
+        ("vit-t-mae.pth --patch_size 4", ["vit-t-mae.pth", "8", "4"]),
+    ]:
+        flags = f"--dataset shapes --pretrained_model_path {flags}".split()
+        with pytest.raises(utils.InputError) as error:
+            train_classifier.main(train_classifier.get_args(flags))
+        assert all(message in str(error.value) for message in messages)
+        assert "\n" not in str(error.value)
+
+
+def test_error_ends_the_process_without_traceback():
+    done = run("train_classifier.py", "--pretrained_model_path", "missing.pth")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_long_warm_up_is_warned_about(capsys):
+    pretrain("--warmup_epoch", "5")
+    assert "warning: --warmup_epoch 5" in capsys.readouterr().out
