@@ -26,7 +26,7 @@ DEMO = {
     "mask_ratio": 0.5,
     "batch_size": 128,
     "base_learning_rate": 2e-3,
-    "total_epoch": 12,
+    "total_epoch": 20,
     "warmup_epoch": 1,
     "model_path": "vit-t-mae-demo.pth",
 }

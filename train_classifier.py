@@ -24,13 +24,13 @@ ENCODER = {
     "encoder_layer": 12,
     "encoder_head": 3,
 }
-# A thousand labels, where mae_pretrain.py --demo saw 30,000 pictures.
+# 500 labels, where mae_pretrain.py --demo saw 30,000 pictures.
 DEMO = {
     "dataset": "shapes",
-    "train_images": 1000,
+    "train_images": 500,
     "batch_size": 64,
     "base_learning_rate": 4e-3,
-    "total_epoch": 20,
+    "total_epoch": 40,
     "warmup_epoch": 5,
     "output_model_path": "vit-t-classifier-demo.pth",
 }

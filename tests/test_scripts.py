@@ -248,7 +248,7 @@ def test_demo_sets_defaults_and_flags_win():
     assert (args.base_learning_rate, args.weight_decay) == (1e-3, 0.05)
     assert (args.total_epoch, args.warmup_epoch, args.pretrained_model_path) == (100, 5, None)
     assert args.output_model_path == "vit-t-classifier-from_scratch.pth"
-    assert train_classifier.get_args(["--demo"]).train_images == 1000
+    assert train_classifier.get_args(["--demo"]).train_images == 500
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "folder", "shapes"])
