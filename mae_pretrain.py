@@ -12,7 +12,6 @@ import os
 
 import torch
 from einops import rearrange
-from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from model import MAE_ViT
@@ -56,12 +55,9 @@ def get_args(argv=None):
     utils.add_training_flags(parser, seed=42, batch_size=4096, base_learning_rate=1.5e-4,
         weight_decay=0.05, total_epoch=2000, warmup_epoch=200)
     utils.add_device_flags(parser, max_device_batch_size=128)
-    add = parser.add_argument_group("output").add_argument
-    add("--model_path", default="vit-t-mae.pth", help="reconstructions go beside it, as .png")
-    add("--log_dir", default="logs",
-        help="curves go into <log_dir>/<dataset>/mae-pretrain; of later runs, mae-pretrain-2, ...")
+    utils.add_output_flags(parser, "--model_path", "vit-t-mae.pth", "mae-pretrain")
     # fmt: on
-    return parser.parse_with_demo(argv, DEMO)
+    return parser.parse(argv, DEMO, "model_path")
 
 
 class MAELoss(torch.nn.Module):
@@ -120,7 +116,7 @@ def main(args):
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
     png_path = os.path.splitext(args.model_path)[0] + ".png"
-    for path in (args.model_path, png_path):
+    for path in (args.model_path, png_path, utils.state_path(args.model_path)):
         utils.check_output(path)
     utils.warn_of_long_warmup(args)
 
@@ -147,49 +143,46 @@ def main(args):
     shown_noise = torch.rand(len(shown), num_patches, generator=utils.generator("shown", args.seed))
     shown_noise = shown_noise.to(device)
 
-    folder = utils.new_run_folder(args.log_dir, args.dataset, "mae-pretrain")
-    writer = SummaryWriter(folder)
-    utils.describe_run(args, device, precision, model, pictures, folder)
+    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures)
+    utils.describe_run(args, device, precision, model, pictures, run.curves.folder)
 
-    for epoch in range(args.total_epoch):
+    for epoch in run.epochs():
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        totals = utils.Totals(device, ["loss"])
-        with utils.progress_bar(f"Epoch {epoch + 1}/{args.total_epoch}", len(images)) as bar:
-            for update, batch in enumerate(order.split(args.batch_size)):
+        totals = run.totals(device, ["loss"], lr)
+        with utils.progress_bar(args, totals, len(images)) as bar:
+            for update, batch in run.updates(order.split(args.batch_size)):
                 # The masks, like the order, are a function of the seed, the epoch and the update.
                 rng = utils.generator("masks", args.seed, epoch, update)
                 noise = torch.rand(len(batch), num_patches, generator=rng)
-                for index, part_noise in zip(
-                    batch.split(part_size), noise.split(part_size), strict=True
-                ):
+                parts = zip(batch.split(part_size), noise.split(part_size), strict=True)
+                optim.zero_grad(set_to_none=True)
+                for index, part_noise in parts:
                     img = images[utils.to_device(index, device)]
                     loss = net(img, utils.to_device(part_noise, device))  # [b]
                     (loss.sum() / len(batch)).backward()  # a batch's gradient is that of its mean
                     totals.add(len(index), loss.detach().sum())
                     bar.update(len(index))
                 optim.step()
-                optim.zero_grad(set_to_none=True)
                 bar.set_postfix(totals.peek())
         results = totals.mean()
 
         model.eval()
         grid = reconstruct(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
-        writer.add_scalar("mae_loss", results["loss"], epoch)
-        writer.add_scalar("lr", lr, epoch)
-        writer.add_scalar("images_per_second", totals.per_second, epoch)
-        writer.add_image("mae_image", grid, epoch)
-        utils.save_model(
-            args.model_path, model, architecture, args, epoch=epoch + 1, metrics=results
-        )
-        utils.save_png(png_path, grid)
+        run.curves.add_scalar("mae_loss", results["loss"], epoch)
+        run.curves.add_scalar("lr", lr, epoch)
+        run.curves.add_scalar("images_per_second", totals.per_second, epoch)
+        run.curves.add_image("mae_image", grid, epoch)
         print(
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
             f"{totals.per_second:,.0f} images/s",
             flush=True,
         )
-    writer.close()
+        if run.end_epoch():
+            content = utils.model_bytes(model, architecture, args, epoch=epoch + 1, metrics=results)
+            run.save((args.model_path, content), (png_path, utils.png_bytes(grid)))
+    run.close()
     print(f"model: {args.model_path}, reconstructions: {png_path}")
 
 

@@ -12,7 +12,6 @@ best epoch to --output_model_path.
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 
 import utils
 from model import MAE_Encoder, ViT_Classifier
@@ -55,13 +54,10 @@ def get_args(argv=None):
     utils.add_training_flags(parser, seed=2022, batch_size=128, base_learning_rate=1e-3,
         weight_decay=0.05, total_epoch=100, warmup_epoch=5)
     utils.add_device_flags(parser, max_device_batch_size=256)
-    add = parser.add_argument_group("output").add_argument
-    add("--output_model_path", default="vit-t-classifier-from_scratch.pth")
-    add("--log_dir", default="logs",
-        help="TensorBoard curves go into <log_dir>/<dataset>/scratch-cls or pretrain-cls; "
-             "of later runs, scratch-cls-2, ...")
+    utils.add_output_flags(parser, "--output_model_path", "vit-t-classifier-from_scratch.pth",
+        "scratch-cls or pretrain-cls")
     # fmt: on
-    return parser.parse_with_demo(argv, DEMO)
+    return parser.parse(argv, DEMO, "output_model_path")
 
 
 def get_encoder(args):
@@ -69,7 +65,7 @@ def get_encoder(args):
 
     Raises InputError, naming both values, if a flag does not fit the pretrained file.
     """
-    path = args.pretrained_model_path
+    path = None if args.resume else args.pretrained_model_path  # a state has the weights itself
     if path:
         mae, architecture = utils.load_mae(path)
     else:
@@ -87,20 +83,21 @@ def get_encoder(args):
 
 @torch.no_grad()
 def evaluate(net, images, labels, part_size):
-    """Mean loss and accuracy over all images, exact whatever the number of the last ones."""
-    totals = utils.Totals(images.device, ["loss", "acc"])
+    """Mean loss and accuracy over all images, exact whatever the size of the last part."""
+    loss = correct = 0
     for img, label in zip(images.split(part_size), labels.split(part_size), strict=True):
         logits = net(utils.to_float(img)).float()  # [b,num_classes]
-        loss = cross_entropy(logits, label, reduction="sum")
-        totals.add(len(img), loss, (logits.argmax(-1) == label).sum())
-    return totals.mean()
+        loss += cross_entropy(logits, label, reduction="sum").double()
+        correct += (logits.argmax(-1) == label).sum()
+    return {"loss": loss.item() / len(images), "acc": correct.item() / len(images)}
 
 
 def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
     precision = utils.choose_precision(args.precision, device)
-    utils.check_output(args.output_model_path)
+    for path in (args.output_model_path, utils.state_path(args.output_model_path)):
+        utils.check_output(path)
     utils.warn_of_long_warmup(args)
 
     encoder, architecture = get_encoder(args)
@@ -115,47 +112,46 @@ def main(args):
     part_size = args.max_device_batch_size
 
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
-    folder = utils.new_run_folder(args.log_dir, args.dataset, name)
-    writer = SummaryWriter(folder)
-    utils.describe_run(args, device, precision, model, pictures, folder)
+    run = utils.Run(args, name, args.output_model_path, model, optim, pictures)
+    utils.describe_run(args, device, precision, model, pictures, run.curves.folder)
 
-    best = {"acc": -1.0}
-    for epoch in range(args.total_epoch):
+    for epoch in run.epochs():
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        totals = utils.Totals(device, ["loss", "acc"])
-        with utils.progress_bar(f"Epoch {epoch + 1}/{args.total_epoch}", len(images)) as bar:
-            for batch in order.split(args.batch_size):
+        totals = run.totals(device, ["loss", "acc"], lr)
+        with utils.progress_bar(args, totals, len(images)) as bar:
+            for _, batch in run.updates(order.split(args.batch_size)):
+                optim.zero_grad(set_to_none=True)
                 for index in batch.split(part_size):
                     index = utils.to_device(index, device)
-                    img, label = utils.to_float(images[index]), labels[index]
-                    logits = net(img).float()  # [b,num_classes]
+                    label = labels[index]
+                    logits = net(utils.to_float(images[index])).float()  # [b,num_classes]
                     loss = cross_entropy(logits, label, reduction="sum")
-                    (loss / len(batch)).backward()  # a batch's gradient is that of its mean loss
-                    totals.add(len(img), loss.detach(), (logits.argmax(-1) == label).sum())
-                    bar.update(len(img))
+                    (loss / len(batch)).backward()  # a batch's gradient is that of its mean
+                    correct = (logits.argmax(-1) == label).sum()
+                    totals.add(len(index), loss.detach(), correct)
+                    bar.update(len(index))
                 optim.step()
-                optim.zero_grad(set_to_none=True)
                 bar.set_postfix(totals.peek())
         train = totals.mean()
 
         model.eval()
         val = evaluate(net, pictures.val_images, pictures.val_labels, part_size)
-        writer.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
-        writer.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
-        writer.add_scalar("lr", lr, epoch)
-        writer.add_scalar("images_per_second", totals.per_second, epoch)
+        run.curves.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
+        run.curves.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
+        run.curves.add_scalar("lr", lr, epoch)
+        run.curves.add_scalar("images_per_second", totals.per_second, epoch)
         print(
             f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
             f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
             f"lr {lr:.2e}, {totals.per_second:,.0f} images/s",
             flush=True,
         )
-        if val["acc"] > best["acc"]:
-            best = {"epoch": epoch + 1, **val}
-            utils.save_model(
-                args.output_model_path,
+        run.results["last"] = val
+        if val["acc"] > run.results.get("best", {"acc": -1})["acc"]:
+            run.results["best"] = {"epoch": epoch + 1, **val}
+            content = utils.model_bytes(
                 model,
                 architecture,
                 args,
@@ -163,10 +159,14 @@ def main(args):
                 metrics={"train": train, "val": val},
                 classes=pictures.classes,
             )
-    writer.close()
+            run.files.write(args.output_model_path, content)
+        if run.end_epoch():
+            run.save()
+    run.close()
+    best, last = run.results["best"], run.results["last"]
     print(
         f"accuracy on {len(pictures.val_images):,} validation pictures: best {best['acc']:.2%} "
-        f"(epoch {best['epoch']}, chosen on these pictures), last {val['acc']:.2%}; "
+        f"(epoch {best['epoch']}, chosen on these pictures), last {last['acc']:.2%}; "
         f"model of the best epoch: {args.output_model_path}"
     )
 

@@ -5,21 +5,30 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import itertools
 import math
 import os
 import platform
 import random
+import re
+import shlex
+import signal
 import sys
 import tempfile
 import time
 import typing
+import zipfile
+import zlib
 
 import numpy as np
 import timm
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -66,11 +75,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
-    def parse_with_demo(self, argv, demo):
-        """Let --demo replace defaults first, so that a flag on the command line still wins."""
+    def parse(self, argv, demo, output):
+        """Let --demo replace defaults and --resume go on with those of the saved run.
+
+        Flags on the command line win over --demo. `output` names the flag of the model file.
+        """
         if self.parse_known_args(argv)[0].demo:
             self.set_defaults(**demo)
-        return self.parse_args(argv)
+        args = self.parse_args(argv)
+        return resume_args(self, argv, getattr(args, output)) if args.resume else args
 
 
 def checked(kind, test, wish):
@@ -117,6 +130,18 @@ def add_training_flags(parser, **defaults):
     add("--warmup_epoch", type=unsigned_int, metavar="N",
         help="epochs in which the learning rate rises; it then follows half a cosine down to 0")
     parser.set_defaults(**defaults)
+
+
+def add_output_flags(parser, model_flag, default, name):
+    add = parser.add_argument_group("output").add_argument
+    add(model_flag, default=default, help="the model file; other files of the run go beside it")
+    add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{name}; "
+        "a later run takes the next free name, with -2, -3, ... behind it")
+    add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
+        help="save the state at least every M minutes, and at the end of an epoch if that is cheap")
+    add("--resume", action="store_true",
+        help="go on where the run's last saved state stands; flags need not be repeated, but "
+             "those that would change the result must not differ")
 
 
 def add_device_flags(parser, **defaults):
@@ -258,6 +283,13 @@ class Pictures(typing.NamedTuple):
     val_images: torch.Tensor
     val_labels: torch.Tensor
     classes: list
+
+    def fingerprint(self):
+        """A number by which a resumed run knows its pictures again."""
+        crc = 0
+        for tensor in self[:4]:
+            crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
+        return crc
 
 
 def to_float(images):
@@ -444,7 +476,7 @@ def read_shapes(image_size):
     return Pictures(*draw_shapes(30_000, image_size, 0), *draw_shapes(2_000, image_size, 1), SHAPES)
 
 
-# --------------------------------------------------------------------------------- model files
+# --------------------------------------------------------------------- writing files, all or none
 
 
 def check_output(path):
@@ -454,28 +486,77 @@ def check_output(path):
         os.makedirs(folder, exist_ok=True)
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if os.path.exists(path) and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        check_replaceable(path)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def write_file(path, write):
-    """Call write(file) on a file beside `path`, then rename it: `path` is never half written."""
+def check_replaceable(path):
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def write_file(path, content):
+    """Write bytes to a file beside `path`, then rename it: `path` is never half written.
+
+    They are on the disk, not only in its cache, before the name is. Raises OSError, with `path` as
+    it was, if any of this fails.
+    """
+    check_replaceable(path)
     part = f"{path}.part"
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+    with contextlib.suppress(OSError):  # the rename too; not every file system offers it
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def save_png(path, picture):
-    """Write a picture [3,H,W] in [0, 1], small ones enlarged so that their pixels can be seen."""
+class Files:
+    """Writes a run's files. One that fails is kept in memory, warned about, and tried again."""
+
+    def __init__(self):
+        self.unwritten = {}  # path -> bytes
+
+    def write(self, path, content):
+        self.unwritten[path] = content
+        self.retry()
+
+    def retry(self):
+        for path, content in list(self.unwritten.items()):
+            try:
+                write_file(path, content)
+                del self.unwritten[path]
+            except OSError as error:
+                print(f"warning: cannot write {path}: {error.strerror}; will try again", flush=True)
+
+
+def to_bytes(content):
+    """What torch.save writes. In memory first: a full disk then meets plain bytes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def png_bytes(picture):
+    """A picture [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
     scale = max(1, 768 // picture.shape[-1])
     picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    write_file(path, lambda file: torchvision.utils.save_image(picture, file, format="png"))
+    buffer = io.BytesIO()
+    torchvision.utils.save_image(picture, buffer, format="png")
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------- model files
 
 
 def versions():
@@ -485,50 +566,180 @@ def versions():
     }
 
 
-def save_model(path, model, architecture, args, **more):
-    """Write a model file: plain values and tensors, which torch.load(weights_only=True) reads."""
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = {
-        "kind": type(model).__name__,
-        "model": weights,
-        "architecture": architecture,
-        "preprocessing": {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5},
-        "args": vars(args),
-        "versions": versions(),
-        **more,
-    }
-    write_file(path, lambda file: torch.save(content, file))
+def model_bytes(model, architecture, args, **more):
+    """A model file: tensors and plain values, which torch.load(weights_only=True) reads."""
+    return to_bytes(
+        {
+            "kind": type(model).__name__,
+            "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+            "architecture": architecture,
+            "preprocessing": {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5},
+            "args": vars(args),
+            "versions": versions(),
+            **more,
+        }
+    )
+
+
+class InertModule:
+    """Stands in for every class of a pickled module: it holds the attributes and runs nothing."""
+
+
+# The classes of which the source's whole-module pickles consist.
+MODULE_CLASS = re.compile(
+    r"(model|__main__)\.(MAE_ViT|MAE_Encoder|MAE_Decoder|PatchShuffle|ViT_Classifier)"
+    r"|torch\.nn\.modules\.\w+\.[A-Z]\w+|torch\.nn\.parallel\.data_parallel\.DataParallel"
+    r"|timm\.(models|layers)\.([a-z_]+\.)*[A-Z]\w+|einops\.([a-z_]+\.)*[A-Z]\w+"
+)
+
+
+def read_checkpoint(path):
+    """torch.load without executing anything: tensors, plain values and InertModules.
+
+    Raises InputError for what is not there, is damaged, or asks for any other class or function.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise InputError(f"{path} is compressed, as no file of torch.save is")
+            if name := archive.testzip():
+                raise InputError(f"{path} is damaged: the checksum of {name} is wrong")
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = [name for name in asked if not MODULE_CLASS.fullmatch(name)]
+        if refused:
+            raise InputError(f"{path} is refused: it would run {', '.join(sorted(refused)[:5])}")
+        with torch.serialization.safe_globals([(InertModule, name) for name in asked]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can trip its reader anywhere
+        reason = one_line(error) or type(error).__name__
+        raise InputError(f"{path} is no checkpoint of PyTorch, or damaged: {reason}") from error
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200]
 
 
 def load_mae(path):
-    """Read a file of mae_pretrain.py, or a bare state_dict of MAE_ViT -> MAE_ViT, architecture.
+    """Read pretrained weights -> MAE_ViT, architecture.
 
-    A bare state_dict does not tell the number of heads: it is taken to be 3, as in the source.
-    Raises InputError, naming what is wrong with the file.
+    From a file of mae_pretrain.py, a bare state_dict of MAE_ViT, or the whole module as the source
+    pickles it. A bare state_dict does not tell the number of heads and the mask ratio: they are
+    taken to be 3 and 0.75. Raises InputError, naming the tensor that is wrong.
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; mae_pretrain.py writes one to its --model_path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader meets in a file that is none of ours
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise InputError(f"{path} is no checkpoint that can be read safely: {reason}") from error
-    if isinstance(content, dict) and "model" in content:
+    content = read_checkpoint(path)
+    told = {"encoder_head": 3, "decoder_head": 3, "mask_ratio": 0.75}
+    if isinstance(content, InertModule):
+        weights, told = unpack_module(content, path)
+    elif isinstance(content, dict) and "model" in content:
         if content.get("kind") != "MAE_ViT":
-            raise InputError(
-                f"{path} holds a {content.get('kind')}, not the MAE_ViT of mae_pretrain.py"
-            )
-        weights, architecture = content["model"], content["architecture"]
+            raise InputError(f"{path} holds a {content.get('kind')}, not an MAE_ViT")
+        weights, told = content["model"], content.get("architecture")
     else:
-        weights, architecture = content, None
+        weights = content
+    if not isinstance(weights, dict) or not isinstance(told, dict):
+        raise InputError(f"{path} does not hold the weights of an MAE_ViT")
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+
+    # The sizes are those of the tensors: what the file says of itself is checked, not trusted.
+    architecture = infer_architecture(weights, path)
+    for name, kind in (("encoder_head", int), ("decoder_head", int), ("mask_ratio", float)):
+        architecture[name] = told.get(name)
+        if type(told.get(name)) is not kind:
+            raise InputError(f"{path} gives {name} as {told.get(name)!r}")
+    for name, value in architecture.items():
+        if told.get(name, value) != value or value < (name != "mask_ratio"):
+            raise InputError(f"{path} gives {name} as {told.get(name)!r}, its weights as {value}")
     try:
-        architecture = architecture or infer_architecture(weights)
-        model = MAE_ViT(**architecture)
-        model.load_state_dict(weights)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path} does not hold the weights of an MAE_ViT: {reason}") from error
+        with torch.device("meta"):  # shapes only
+            expected = MAE_ViT(**architecture).state_dict()
+    except ValueError as error:
+        raise InputError(f"{path} does not hold an MAE_ViT: {error}") from error
+    check_weights(weights, expected, path)
+    model = MAE_ViT(**architecture)
+    model.load_state_dict(weights)
     return model, architecture
+
+
+def unpack_module(module, path):
+    """A pickled MAE_ViT, or DataParallel of one -> state_dict, what it tells of its sizes."""
+    weights = {}
+
+    def walk(module, prefix):
+        for name, tensor in getattr(module, "_parameters", {}).items():
+            if tensor is not None:
+                weights[prefix + name] = tensor
+        for name, child in getattr(module, "_modules", {}).items():
+            walk(child, f"{prefix}{name}.")
+
+    try:
+        module = module._modules.get("module", module)
+        walk(module, "")
+        parts = module._modules["encoder"], module._modules["decoder"]
+        heads = [p._modules["transformer"]._modules["0"]._modules["attn"].num_heads for p in parts]
+        ratio = parts[0]._modules["shuffle"].ratio
+        eps = parts[0]._modules["transformer"]._modules["0"]._modules["norm1"].eps
+        if eps != 1e-5:
+            print(f"warning: {path} has LayerNorm eps {eps}: with 1e-05, its features differ a bit")
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} holds a module, but not an MAE_ViT: {one_line(error)}") from error
+    return weights, {"encoder_head": heads[0], "decoder_head": heads[1], "mask_ratio": ratio}
+
+
+def infer_architecture(weights, path):
+    """The sizes of MAE_ViT that shapes and names tell."""
+
+    def shape(name, dimensions):
+        tensor = weights.get(name)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dimensions:
+            raise InputError(f"{path} does not hold the weights of an MAE_ViT: no fitting {name}")
+        return tensor.shape
+
+    def layers(part):
+        names = (name.split(".") for name in weights if name.startswith(f"{part}.transformer."))
+        return len({name[2] for name in names})
+
+    num_patches, _, emb_dim = shape("encoder.pos_embedding", 3)
+    patch_size = shape("encoder.patchify.weight", 4)[-1]
+    return {
+        "image_size": math.isqrt(num_patches) * patch_size,
+        "patch_size": patch_size,
+        "emb_dim": emb_dim,
+        "encoder_layer": layers("encoder"),
+        "decoder_layer": layers("decoder"),
+    }
+
+
+def is_plain(tensor):
+    """A dense floating-point tensor that claims no more elements than its storage has."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+def check_weights(weights, expected, path):
+    """Raise InputError naming a tensor that is missing, unexpected, misshapen or not finite."""
+    for name in [*expected, *weights]:
+        tensor = weights.get(name)
+        if name not in weights:
+            raise InputError(f"{path} lacks {name}")
+        if name not in expected:
+            raise InputError(f"{path} has {name}, which does not belong there")
+        if not is_plain(tensor):
+            raise InputError(f"{path}: {name} is no tensor of floating-point numbers")
+        shapes = tuple(tensor.shape), tuple(expected[name].shape)
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{path}: {name} has shape {shapes[0]} where {shapes[1]} is expected")
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} has values that are not finite")
 
 
 def build(module_class, *sizes, **named_sizes):
@@ -539,28 +750,7 @@ def build(module_class, *sizes, **named_sizes):
         raise InputError(str(error)) from error
 
 
-def infer_architecture(weights):
-    patch_size = weights["encoder.patchify.weight"].shape[-1]
-    num_patches, _, emb_dim = weights["encoder.pos_embedding"].shape
-
-    def layers(part):
-        return len(
-            {name.split(".")[2] for name in weights if name.startswith(f"{part}.transformer.")}
-        )
-
-    return {
-        "image_size": math.isqrt(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "emb_dim": emb_dim,
-        "encoder_layer": layers("encoder"),
-        "encoder_head": 3,
-        "decoder_layer": layers("decoder"),
-        "decoder_head": 3,
-        "mask_ratio": 0.75,
-    }
-
-
-# -------------------------------------------------------------------------- curves and messages
+# ----------------------------------------------------------------------- curves, sums, progress
 
 
 def new_run_folder(*parts):
@@ -577,36 +767,133 @@ def new_run_folder(*parts):
             raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
-class Totals:
-    """Sums over an epoch's pictures, kept on the device so that no step waits for a number."""
+class Curves:
+    """A run's TensorBoard events, whose length on the disk is known and kept with the run's state.
 
-    def __init__(self, device, names):
-        self.names, self.pictures, self.start = names, 0, time.perf_counter()
-        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self.host = torch.zeros(len(names), dtype=torch.float64, pin_memory=device.type == "cuda")
+    SummaryWriter writes from a thread, of which neither holds: a resumed run could not cut off what
+    it is about to write again, and a full disk would end the run. `lengths` is {file: bytes}.
+    """
+
+    def __init__(self, folder, lengths=None, step=0):
+        self.folder, self.lengths, self.pending = folder, dict(lengths or {}), []
+        self.name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        if lengths is not None:
+            self.cut()
+            # Tell a TensorBoard that is looking on to forget what it has seen from this step on.
+            start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            for part in {os.path.dirname(file) for file in lengths}:
+                self.pending.append((part, start))
+
+    def cut(self):
+        """Shorten every file to its known length; remove files that are not known."""
+        for where, _, files in os.walk(self.folder):
+            for file in files:
+                path = os.path.join(where, file)
+                length = self.lengths.get(os.path.relpath(path, self.folder), 0)
+                with contextlib.suppress(OSError):
+                    if length == 0 and file.startswith("events.out.tfevents."):
+                        os.remove(path)
+                    elif length and os.path.getsize(path) > length:
+                        os.truncate(path, length)
+
+    def add_scalar(self, tag, value, step, part=""):
+        self.add(part, summary.scalar(tag, value), step)
+
+    def add_scalars(self, tag, values, step):
+        """Several curves in one chart, each in a folder of its own, as SummaryWriter names them."""
+        for name, value in values.items():
+            self.add_scalar(tag, value, step, f"{tag.replace('/', '_')}_{name}")
+
+    def add_image(self, tag, picture, step):
+        self.add("", summary.image(tag, picture, dataformats="CHW"), step)
+
+    def add(self, part, values, step):
+        self.pending.append((part, Event(wall_time=time.time(), step=step, summary=values)))
+
+    def flush(self):
+        """Write what is pending. If that fails, warn, undo what was written of it, and keep it."""
+        lengths = dict(self.lengths)
+        try:
+            for part in sorted({part for part, _ in self.pending}):
+                os.makedirs(os.path.join(self.folder, part), exist_ok=True)
+                name = os.path.join(part, self.name)
+                with open(os.path.join(self.folder, name), "ab") as file:
+                    writer = RecordWriter(file)
+                    if file.tell() == 0:
+                        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+                        writer.write(version.SerializeToString())
+                    for event in (event for where, event in self.pending if where == part):
+                        writer.write(event.SerializeToString())
+                    writer.flush()
+                    os.fsync(file.fileno())
+                    lengths[name] = file.tell()
+        except OSError as error:
+            print(f"warning: cannot write curves: {error.strerror}; will try again", flush=True)
+            self.cut()
+        else:
+            self.lengths, self.pending = lengths, []
+
+
+class Totals:
+    """Sums over an epoch's pictures, kept on the device so that no step waits for a number.
+
+    In front the number of pictures, behind the gradients' norms and the number of updates with
+    finite sums. What is not finite stays in its sum, so that number tells the first bad update.
+    """
+
+    def __init__(self, device, names, epoch, lr, resumed=()):
+        self.names, self.epoch, self.lr = names, epoch, lr
+        sums = torch.zeros(len(names) + 3, dtype=torch.float64)
+        if resumed:
+            sums = torch.tensor(resumed, dtype=torch.float64)
+        self.sums = sums.to(device)
+        self.host = sums.pin_memory() if device.type == "cuda" else sums.clone()
+        self.begun, self.start = sums[0].item(), time.perf_counter()
 
     def add(self, pictures, *sums):
-        self.pictures += pictures
-        self.sums += torch.stack(sums)
-        self.host.copy_(self.sums, non_blocking=True)
+        """Add a micro-batch: how many pictures, and their summed values in the order of names."""
+        self.sums[0] += pictures
+        self.sums[1:-2] += torch.stack(sums)
+
+    def end_update(self, parameters):
+        """Raises InputError once it is known that a loss or gradient was not finite."""
+        self.sums[-2] += torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.sums[-1] += self.sums.isfinite().all()
+        self.host.copy_(self.sums, non_blocking=True)  # a GPU is not waited for: it may come late
+        self.check(self.host.tolist())
+
+    def check(self, sums):
+        if not all(map(math.isfinite, sums)):
+            raise InputError(
+                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, update "
+                f"{sums[-1] + 1:.0f}, at learning rate {self.lr:.2e}: try a lower "
+                "--base_learning_rate, more --warmup_epoch or --precision fp32; nothing was "
+                "written since, so the files are those of the last good state"
+            )
+
+    def read(self):
+        """The sums as they are now, for the state. Raises InputError if they are not finite."""
+        sums = self.sums.tolist()
+        self.check(sums)
+        return sums
 
     def peek(self):
-        """For the bar: means by the sums that have arrived by now, without waiting for the rest."""
-        return {
-            name: f"{x / self.pictures:.4f}"
-            for name, x in zip(self.names, self.host.tolist(), strict=True)
-        }
+        """{name: mean}, as text for the bar, of the updates that have arrived by now."""
+        pictures, *sums = self.host.tolist()
+        return {k: f"{x / max(pictures, 1):.4f}" for k, x in zip(self.names, sums, strict=False)}
 
     def mean(self):
-        """{name: mean over the pictures}, exact. Also stops the clock of per_second."""
-        means = [x / self.pictures for x in self.sums.tolist()]
-        self.per_second = self.pictures / (time.perf_counter() - self.start)
-        return dict(zip(self.names, means, strict=True))
+        """{name: mean over the pictures}. Also sets per_second. Raises InputError like read."""
+        pictures, *sums = self.read()
+        self.per_second = (pictures - self.begun) / (time.perf_counter() - self.start)
+        return {k: x / pictures for k, x in zip(self.names, sums, strict=False)}
 
 
-def progress_bar(text, pictures):
+def progress_bar(args, totals, pictures):
     """A bar on a terminal, nothing elsewhere."""
-    return tqdm(desc=text, total=pictures, unit="img", disable=None, leave=False, mininterval=0.3)
+    text = f"Epoch {totals.epoch + 1}/{args.total_epoch}"
+    bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": None}
+    return tqdm(desc=text, total=pictures, initial=int(totals.begun), **bar)
 
 
 def describe_run(args, device, precision, model, pictures, folder):
@@ -622,3 +909,201 @@ def describe_run(args, device, precision, model, pictures, folder):
     print(f"model:     {type(model).__name__}, {parameters:,} parameters")
     print(f"pictures:  {args.dataset}, {sizes}")
     print(f"curves:    {folder} (tensorboard --logdir {args.log_dir})", flush=True)
+
+
+# ----------------------------------------------------------------------------- stop and resume
+
+# Arguments that may change when a run is resumed: they do not change its result.
+LAYOUT = {
+    "data_path", "demo", "device", "log_dir", "max_device_batch_size", "model_path",
+    "output_model_path", "precision", "resume", "save_minutes",
+}  # fmt: skip
+
+
+def state_path(model_path):
+    """vit-t-mae.pth -> vit-t-mae.state.pth"""
+    return "{}.state{}".format(*os.path.splitext(model_path))
+
+
+def resume_args(parser, argv, model_path):
+    """The arguments of the run whose state lies beside model_path, and those of argv in LAYOUT.
+
+    Raises InputError if there is no such run, or if argv would change it, naming each difference.
+    """
+    path = state_path(model_path)
+    saved = read_state(path)["args"]
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    differences = [
+        f"--{name} {value} (it has {saved.get(name)})"
+        for name, value in vars(args).items()
+        if name not in LAYOUT and value != saved.get(name, value)
+    ]
+    if differences:
+        raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
+    return args
+
+
+STATE = {
+    "args": dict, "epoch": int, "update": int, "sums": list, "results": dict, "model": dict,
+    "optim": dict, "pictures": int, "folder": str, "lengths": dict,
+}  # fmt: skip
+
+
+def read_state(path):
+    """The content of a state file. Raises InputError if there is none or it is none."""
+    if not os.path.isfile(path):
+        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or any(
+        not isinstance(state.get(name), kind) for name, kind in STATE.items()
+    ):
+        raise InputError(f"{path} is not the state of a run")
+    return state
+
+
+class StopSignal:
+    """Notes SIGINT or SIGTERM, so that work in hand can be finished. A second one stops at once."""
+
+    number = None
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        self.number = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping after this update; once more to stop at once", flush=True)
+
+
+class Run:
+    """Where a run stands, and what it has on the disk: curves, model file, and a state to resume.
+
+    The state is small because all that a run draws at random is a function of its seed, epoch and
+    update (see `generator`): weights, optimizer, two counters, the sums of the epoch in hand.
+    """
+
+    def __init__(self, args, name, model_path, model, optim, pictures):
+        self.args, self.model, self.optim = args, model, optim
+        self.path, self.files, self.stop = state_path(model_path), Files(), StopSignal()
+        self.fingerprint = pictures.fingerprint()
+        self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
+        self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
+        if args.resume:
+            self.restore(read_state(self.path))
+        else:
+            self.set_aside()
+            self.curves = Curves(new_run_folder(args.log_dir, args.dataset, name))
+
+    def restore(self, state):
+        if state["pictures"] != self.fingerprint:
+            raise InputError(f"these are not the pictures with which the run of {self.path} began")
+        check_weights(state["model"], self.model.state_dict(), self.path)
+        self.model.load_state_dict(state["model"])
+        try:
+            self.optim.load_state_dict(state["optim"])
+            for parameter, values in self.optim.state.items():
+                moments = {name: values.get(name) for name in ("exp_avg", "exp_avg_sq")}
+                check_weights(moments, dict.fromkeys(moments, parameter), self.path)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: not this model's optimizer: {one_line(error)}"
+            ) from error
+        self.epoch, self.update, self.sums = state["epoch"], state["update"], state["sums"]
+        self.results, self.saved = state["results"], (state["epoch"], state["update"])
+        self.curves = Curves(state["folder"], state["lengths"], self.epoch)
+        print(f"resumed:   after {self.epoch} epochs and {self.update} updates")
+
+    def set_aside(self):
+        """Rename the state of an unfinished run, which this one would overwrite."""
+        with contextlib.suppress(InputError):
+            state = read_state(self.path)
+            if (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
+                names = (f"{self.path}-{i}" for i in itertools.count(2))
+                other = next(name for name in names if not os.path.exists(name))
+                os.rename(self.path, other)
+                print(f"warning: {self.path} held an unfinished run: renamed to {other}")
+
+    def epochs(self):
+        """Yield the epochs that are left. The caller ends each with end_epoch."""
+        with self.stop:
+            if self.saved is None:
+                self.save()
+            while self.epoch < self.args.total_epoch:
+                yield self.epoch
+                self.leave_if_told()
+
+    def totals(self, device, names, lr):
+        """The sums of this epoch, those before the interruption included."""
+        self.epoch_totals = Totals(device, names, self.epoch, lr, self.sums)
+        return self.epoch_totals
+
+    def updates(self, batches):
+        """Yield (update, batch) for what is left of the epoch; save between two when it is time."""
+        for update, batch in enumerate(batches):
+            if update >= self.update:
+                yield update, batch
+                self.epoch_totals.end_update(self.model.parameters())
+                self.update = update + 1
+                if time.perf_counter() - self.saved_at > 60 * self.args.save_minutes:
+                    self.save()
+                self.leave_if_told()
+
+    def end_epoch(self):
+        """Note that an epoch is done. True if its results are to be saved, by the caller, now.
+
+        Always after the last epoch, else if saving is cheap (2 % of the time since) or overdue.
+        """
+        self.epoch, self.update, self.sums = self.epoch + 1, 0, []
+        self.curves.flush()
+        since = time.perf_counter() - self.saved_at
+        overdue = since > min(50 * self.cost, 60 * self.args.save_minutes)
+        return overdue or self.stop.number or self.epoch == self.args.total_epoch
+
+    def save(self, *others):
+        """Write the state behind other files, (path, bytes) each."""
+        begin = time.perf_counter()
+        sums = self.epoch_totals.read() if self.update else []  # raises if the run has diverged
+        state = {
+            "args": vars(self.args),
+            "epoch": self.epoch,
+            "update": self.update,
+            "sums": sums,
+            "results": self.results,
+            "model": self.model.state_dict(),
+            "optim": self.optim.state_dict(),
+            "pictures": self.fingerprint,
+            "folder": self.curves.folder,
+            "lengths": self.curves.lengths,
+        }
+        for path, content in (*others, (self.path, to_bytes(state))):
+            self.files.write(path, content)
+        self.saved, self.saved_at = (self.epoch, self.update), time.perf_counter()
+        self.cost = self.saved_at - begin
+
+    def leave_if_told(self):
+        """After SIGINT or SIGTERM: save, say how to go on, end with status 130 or 143."""
+        if self.stop.number is None:
+            return
+        if self.saved != (self.epoch, self.update):
+            self.save()
+        command = shlex.join(["python", *(x for x in sys.argv if x != "--resume"), "--resume"])
+        where = f"epoch {self.epoch + 1}, {self.update} updates done"
+        if self.path in self.files.unwritten:
+            print(f"stopped in {where}, which could not be saved; the last save can be resumed:")
+        else:
+            print(f"stopped in {where}; to go on:")
+        print(f"    {command}", flush=True)
+        sys.exit(128 + self.stop.number)
+
+    def close(self):
+        """Raises InputError if a file could not be written to the last."""
+        self.curves.flush()
+        self.files.retry()
+        lost = [*self.files.unwritten, *([self.curves.folder] if self.curves.pending else [])]
+        if lost:
+            raise InputError(f"the run is over, but could not be written to {', '.join(lost)}")

@@ -7,64 +7,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import PRETRAIN, classify, events, pretrain, read, same_weights, scalars
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mae_pretrain
 import train_classifier
 import utils
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --device cpu --precision fp32".split()
-PRETRAIN = [*TINY, *"--dataset shapes --train_images 60 --decoder_layer 1 -bs 25".split()]
-PRETRAIN += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
-CLASSIFY = [*TINY, *"--dataset shapes --train_images 60 --batch_size 25".split()]
-CLASSIFY += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    """Every test starts where a user starts: in a folder without runs. Fewer shapes are drawn."""
-    monkeypatch.chdir(tmp_path)
-    few = utils.Pictures(
-        *utils.draw_shapes(90, 32, 0), *utils.draw_shapes(37, 32, 1), list(utils.SHAPES)
-    )
-    monkeypatch.setattr(utils, "read_shapes", lambda image_size: few)
-
-
-def pretrain(*flags):
-    mae_pretrain.main(mae_pretrain.get_args([*PRETRAIN, *flags]))
-
-
-def classify(*flags):
-    train_classifier.main(train_classifier.get_args([*CLASSIFY, *flags]))
 
 
 def run(script, *flags, **kwargs):
     """A script in a process of its own, from the folder of the test."""
     command = [sys.executable, os.path.join(REPOSITORY, script), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
-
-
-def read(path):
-    return torch.load(path, weights_only=True)
-
-
-def events(folder):
-    accumulator = EventAccumulator(folder, size_guidance={"images": 0, "scalars": 0})
-    return accumulator.Reload()
-
-
-def scalars(folder, tag):
-    return [(e.step, e.value) for e in events(folder).Scalars(tag)]
-
-
-def same_weights(path, other, tolerance=0.0):
-    a, b = read(path)["model"], read(other)["model"]
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
 def test_pretraining_writes_model_picture_and_curves(capsys):

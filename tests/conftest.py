@@ -1,0 +1,56 @@
+"""What the tests of the scripts share: a tiny run, and reading back what it left on the disk."""
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mae_pretrain
+import train_classifier
+import utils
+
+TINY = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --device cpu --precision fp32".split()
+PRETRAIN = [*TINY, *"--dataset shapes --train_images 60 --decoder_layer 1 -bs 25".split()]
+PRETRAIN += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
+CLASSIFY = [*TINY, *"--dataset shapes --train_images 60 --batch_size 25".split()]
+CLASSIFY += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
+CLASSIFY += ["--output_model_path", "cls.pth"]
+
+
+def few_shapes(image_size=32):
+    train, val = utils.draw_shapes(90, image_size, 0), utils.draw_shapes(37, image_size, 1)
+    return utils.Pictures(*train, *val, list(utils.SHAPES))
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """A test starts where a user starts: in a folder without runs. Fewer shapes are drawn."""
+    monkeypatch.chdir(tmp_path)
+    pictures = few_shapes()
+    monkeypatch.setattr(utils, "read_shapes", lambda image_size: pictures)
+
+
+def pretrain(*flags):
+    mae_pretrain.main(mae_pretrain.get_args([*PRETRAIN, *flags]))
+
+
+def classify(*flags):
+    train_classifier.main(train_classifier.get_args([*CLASSIFY, *flags]))
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def events(folder):
+    return EventAccumulator(folder, size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def scalars(folder, tag):
+    return [(e.step, e.value) for e in events(folder).Scalars(tag)]
+
+
+def same_weights(path, other, tolerance=0.0):
+    a, b = read(path)["model"], read(other)["model"]
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
