@@ -933,10 +933,12 @@ def resume_args(parser, argv, model_path):
     path = state_path(model_path)
     saved = read_state(path)["args"]
     args = parser.parse_args(argv, argparse.Namespace(**saved))
+    if vars(args).keys() != saved.keys():
+        raise InputError(f"{path} is of another version of this script, or of another script")
     differences = [
-        f"--{name} {value} (it has {saved.get(name)})"
+        f"--{name} {value} (it has {saved[name]})"
         for name, value in vars(args).items()
-        if name not in LAYOUT and value != saved.get(name, value)
+        if name not in LAYOUT and value != saved[name]
     ]
     if differences:
         raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
@@ -954,9 +956,10 @@ def read_state(path):
     if not os.path.isfile(path):
         raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or any(
-        not isinstance(state.get(name), kind) for name, kind in STATE.items()
-    ):
+    fits = isinstance(state, dict) and all(isinstance(state.get(k), STATE[k]) for k in STATE)
+    if fits and state["update"]:  # within an epoch there are sums of it
+        fits = len(state["sums"]) > 3 and all(type(x) is float for x in state["sums"])
+    if not fits or min(state["epoch"], state["update"]) < 0 or "total_epoch" not in state["args"]:
         raise InputError(f"{path} is not the state of a run")
     return state
 
@@ -1006,8 +1009,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         try:
             self.optim.load_state_dict(state["optim"])
-            for parameter, values in self.optim.state.items():
-                moments = {name: values.get(name) for name in ("exp_avg", "exp_avg_sq")}
+            for parameter in self.model.parameters() if state["epoch"] + state["update"] else ():
+                moments = {k: self.optim.state[parameter][k] for k in ("exp_avg", "exp_avg_sq")}
                 check_weights(moments, dict.fromkeys(moments, parameter), self.path)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(

@@ -1,0 +1,212 @@
+"""Checkpoints are data: whatever is in the file, it is read right or refused in one line."""
+
+import io
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from conftest import classify, pretrain, read
+
+import utils
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def tiny():
+    torch.manual_seed(0)
+    return MAE_ViT(32, 8, 24, 2, 3, 1, 2, mask_ratio=0.6)
+
+
+def same_output(model, other):
+    img, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(img, noise), other.eval()(img, noise))
+
+
+class Hostile:
+    """Creates a file when it is unpickled by a reader that runs what it reads."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+class AlsoHostile:
+    def __reduce__(self):
+        return eval, ("open('executed', 'w')",)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_whole_module_pickles_of_the_source(wrapped):
+    model = tiny()  # the source's classes have the same names, in a module of the same name
+    torch.save(torch.nn.DataParallel(model) if wrapped else model, "vit-t-mae.pt")
+    loaded, architecture = utils.load_mae("vit-t-mae.pt")
+    same_output(loaded, model)
+    assert (architecture["encoder_head"], architecture["decoder_head"]) == (3, 2)
+    assert architecture["mask_ratio"] == 0.6
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_dicts(wrapped):
+    model = MAE_ViT(32, 8, 24, 2, 3, 1, 3)
+    torch.save((torch.nn.DataParallel(model) if wrapped else model).state_dict(), "plain.pth")
+    same_output(utils.load_mae("plain.pth")[0], model)
+
+
+def test_pickled_classifier_is_no_pretrained_model():
+    torch.save(ViT_Classifier(MAE_Encoder(32, 8, 24, 1)), "classifier.pth")
+    with pytest.raises(utils.InputError, match="not an MAE_ViT"):
+        utils.load_mae("classifier.pth")
+
+
+def test_hostile_pickles_are_refused_with_what_they_asked_for():
+    model = tiny()
+    model.payload = Hostile()
+    for name, content, asked in [
+        ("a", Hostile(), "posix.system"),
+        ("b", {"model": tiny().state_dict(), "x": AlsoHostile()}, "eval"),
+        ("c", model, "posix.system"),
+    ]:
+        torch.save(content, f"{name}.pth")
+        with pytest.raises(utils.InputError, match=f"refused: it would run .*{asked}"):
+            utils.load_mae(f"{name}.pth")
+    for name, content in (("d", Hostile()), ("e", {"x": AlsoHostile()})):
+        with open(f"{name}.pth", "wb") as file:
+            pickle.dump(content, file)
+        with pytest.raises(utils.InputError):
+            utils.load_mae(f"{name}.pth")
+    assert not os.path.exists("executed")
+
+
+def test_wrong_tensors_are_named():
+    good = tiny().state_dict()
+    name = "encoder.transformer.1.mlp.fc2.weight"
+    wrong_shape = good[name].T.contiguous()
+    nan = good[name].clone()
+    nan[3, 4] = float("nan")
+    huge = torch.zeros(1).expand(good[name].shape)
+    for weights, message in [
+        ({k: v for k, v in good.items() if k != name}, f"lacks {name}"),
+        (good | {"decoder.extra": torch.zeros(1)}, "decoder.extra, which does not belong"),
+        (good | {name: wrong_shape}, f"{name} has shape .*96, 24.* where .*24, 96"),
+        (good | {name: nan}, f"{name} has values that are not finite"),
+        (good | {name: good[name].long()}, f"{name} is no tensor of floating"),
+        (good | {name: huge}, f"{name} is no tensor of floating"),
+        (good | {name: "text"}, f"{name} is no tensor"),
+        (good | {"encoder.pos_embedding": None}, "no fitting encoder.pos_embedding"),
+        ({}, "no fitting encoder.pos_embedding"),
+    ]:
+        torch.save(weights, "wrong.pth")
+        with pytest.raises(utils.InputError, match=message):
+            utils.load_mae("wrong.pth")
+
+
+def test_what_a_file_says_of_itself_is_checked():
+    pretrain()
+    content = read("vit-t-mae.pth")
+    for change in (
+        {"emb_dim": 10**9}, {"encoder_layer": 10**9}, {"patch_size": 0}, {"encoder_head": 5},
+        {"encoder_head": 0}, {"encoder_head": -1}, {"encoder_head": "3"}, {"mask_ratio": 7.0},
+        {"mask_ratio": float("nan")}, {"image_size": [32]}, {"decoder_head": None},
+    ):  # fmt: skip
+        torch.save(content | {"architecture": content["architecture"] | change}, "odd.pth")
+        with pytest.raises(utils.InputError, match="odd.pth"):
+            utils.load_mae("odd.pth")
+    for change in ({"architecture": None}, {"model": None}, {"kind": None}, {"kind": "x"}):
+        torch.save(content | change, "odd.pth")
+        with pytest.raises(utils.InputError, match="odd.pth"):
+            utils.load_mae("odd.pth")
+
+
+def test_wrong_states_are_refused():
+    pretrain()
+    content = read("vit-t-mae.state.pth")
+    optim = content["optim"]
+    less = {"state": {k: v for k, v in optim["state"].items() if k != 3}}
+    strange = {"state": {**optim["state"], 3: {**optim["state"][3], "exp_avg": torch.zeros(2)}}}
+    for change in [
+        {"epoch": "x"}, {"epoch": -1}, {"update": -3}, {"update": 2, "sums": []}, {"model": {}},
+        {"update": 2, "sums": ["x"] * 4}, {"args": {}}, {"args": {"seed": 1}}, {"folder": 3},
+        {"lengths": None}, {"optim": {}}, {"optim": {**optim, "param_groups": []}},
+        {"optim": {**optim, **less}}, {"optim": {**optim, **strange}}, {"pictures": 0},
+        {"model": {**content["model"], "encoder.cls_token": torch.zeros(1)}},
+    ]:  # fmt: skip
+        torch.save({**content, **change}, "vit-t-mae.state.pth")
+        with pytest.raises(utils.InputError):
+            pretrain("--resume")
+
+
+def damaged_files(good, n, seed=0):
+    """n ways to damage the bytes of a good file, by name."""
+    rng = random.Random(seed)
+    for i in range(n):
+        kind = ["cut", "flip", "flips", "zeros", "random", "grown", "hole", "text"][i % 8]
+        content = bytearray(good)
+        if kind == "cut":
+            content = content[: rng.randrange(len(content))]
+        elif kind in ("flip", "flips"):
+            for _ in range(1 if kind == "flip" else 50):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        elif kind == "zeros":
+            start = rng.randrange(len(content))
+            content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+        elif kind == "random":
+            content = bytearray(rng.randbytes(rng.randrange(2000)))
+        elif kind == "grown":
+            content += rng.randbytes(rng.randrange(1, 5000))
+        elif kind == "hole":
+            start = rng.randrange(len(content))
+            del content[start : start + rng.randrange(1, 5000)]
+        elif kind == "text":
+            content = bytearray(b"not a checkpoint\n" * rng.randrange(100))
+        yield kind, bytes(content)
+
+
+def offer(content, path, load, weights):
+    """A damaged file is refused in one line, or gives just what the good one held."""
+    with open(path, "wb") as file:
+        file.write(content)
+    try:
+        found = load(path)
+    except utils.InputError as error:
+        assert "\n" not in str(error) and path in str(error)
+        return "refused"
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    return "loaded"
+
+
+def test_damaged_files():
+    classify("--total_epoch", "1")
+    pretrain("--total_epoch", "1")
+    for path, load in (
+        ("vit-t-mae.pth", lambda path: utils.load_mae(path)[0].state_dict()),
+        ("vit-t-mae.state.pth", lambda path: utils.read_state(path)["model"]),
+    ):
+        with open(path, "rb") as file:
+            good = file.read()
+        weights, outcomes = read(path)["model"], []
+        for _, content in damaged_files(good, 80):
+            outcomes.append(offer(content, f"damaged-{path}", load, weights))
+        assert outcomes.count("refused") >= 60
+
+
+def test_zips_of_something_else():
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", compression) as archive:
+            archive.writestr("archive/data.pkl", bytes(10**6))
+        with open("zip.pth", "wb") as file:
+            file.write(buffer.getvalue())
+        with pytest.raises(utils.InputError, match="zip.pth"):
+            utils.load_mae("zip.pth")
+
+
+def test_model_files_are_no_larger_than_their_weights_need():
+    pretrain()
+    weights = read("vit-t-mae.pth")["model"]
+    bytes_of_weights = sum(tensor.nbytes for tensor in weights.values())
+    assert os.path.getsize("vit-t-mae.pth") < bytes_of_weights + 500 * len(weights) + 5000
