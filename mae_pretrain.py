@@ -111,6 +111,20 @@ def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
     return ((grid + 1) / 2).clamp(0, 1)
 
 
+def train_batch(net, optim, images, batch, noise, part_size, progress):
+    """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
+
+    net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host.
+    """
+    optim.zero_grad(set_to_none=True)
+    batch, noise = (utils.to_device(x, images.device) for x in (batch, noise))
+    for index, part_noise in zip(batch.split(part_size), noise.split(part_size), strict=True):
+        loss = net(images[index], part_noise)  # [b]
+        (loss.sum() / len(batch)).backward()
+        progress.add(len(index), loss.detach().sum())
+    optim.step()
+
+
 def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
@@ -132,8 +146,15 @@ def main(args):
     }
     model = utils.build(MAE_ViT, **architecture)
     pictures = utils.load_pictures(args, device, need_classes=False)
-    images, part_size = pictures.train_images, args.max_device_batch_size
-    net = utils.place(MAELoss(model, args.patch_size, args.norm_pix_loss), device, precision)
+    images = pictures.train_images
+    part_size = utils.even_parts(args.batch_size, args.max_device_batch_size)
+    compiled = utils.choose_compile(args.compile, device, args.total_epoch * len(images))
+    net = utils.place(
+        MAELoss(model, args.patch_size, args.norm_pix_loss),
+        device,
+        precision,
+        part_size if compiled else None,
+    )
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
@@ -150,33 +171,23 @@ def main(args):
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        totals = run.totals(device, ["loss"], lr)
-        with utils.progress_bar(args, totals, len(images)) as bar:
+        with run.progress(device, ["loss"], lr, len(images)) as progress:
             for update, batch in run.updates(order.split(args.batch_size)):
                 # The masks, like the order, are a function of the seed, the epoch and the update.
                 rng = utils.generator("masks", args.seed, epoch, update)
                 noise = torch.rand(len(batch), num_patches, generator=rng)
-                parts = zip(batch.split(part_size), noise.split(part_size), strict=True)
-                optim.zero_grad(set_to_none=True)
-                for index, part_noise in parts:
-                    img = images[utils.to_device(index, device)]
-                    loss = net(img, utils.to_device(part_noise, device))  # [b]
-                    (loss.sum() / len(batch)).backward()  # a batch's gradient is that of its mean
-                    totals.add(len(index), loss.detach().sum())
-                    bar.update(len(index))
-                optim.step()
-                bar.set_postfix(totals.peek())
-        results = totals.mean()
+                train_batch(net, optim, images, batch, noise, part_size, progress)
+        results = progress.mean()
 
         model.eval()
         grid = reconstruct(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
         run.curves.add_scalar("mae_loss", results["loss"], epoch)
         run.curves.add_scalar("lr", lr, epoch)
-        run.curves.add_scalar("images_per_second", totals.per_second, epoch)
+        run.curves.add_scalar("images_per_second", progress.per_second, epoch)
         run.curves.add_image("mae_image", grid, epoch)
         print(
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-            f"{totals.per_second:,.0f} images/s",
+            f"{progress.per_second:,.0f} images/s",
             flush=True,
         )
         if run.end_epoch():

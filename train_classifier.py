@@ -92,6 +92,19 @@ def evaluate(net, images, labels, part_size):
     return {"loss": loss.item() / len(images), "acc": correct.item() / len(images)}
 
 
+def train_batch(net, optim, images, labels, batch, part_size, progress):
+    """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host."""
+    optim.zero_grad(set_to_none=True)
+    batch = utils.to_device(batch, images.device)
+    for index in batch.split(part_size):
+        label = labels[index]
+        logits = net(utils.to_float(images[index])).float()  # [b,num_classes]
+        loss = cross_entropy(logits, label, reduction="sum")
+        (loss / len(batch)).backward()
+        progress.add(len(index), loss.detach(), (logits.argmax(-1) == label).sum())
+    optim.step()
+
+
 def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
@@ -104,12 +117,13 @@ def main(args):
     pictures = utils.load_pictures(args, device)
     architecture["num_classes"] = len(pictures.classes)
     model = ViT_Classifier(encoder, len(pictures.classes))
-    net = utils.place(model, device, precision)
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
     images, labels = pictures.train_images, pictures.train_labels
-    part_size = args.max_device_batch_size
+    part_size = utils.even_parts(args.batch_size, args.max_device_batch_size)
+    compiled = utils.choose_compile(args.compile, device, args.total_epoch * len(images))
+    net = utils.place(model, device, precision, part_size if compiled else None)
 
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
     run = utils.Run(args, name, args.output_model_path, model, optim, pictures)
@@ -119,33 +133,21 @@ def main(args):
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        totals = run.totals(device, ["loss", "acc"], lr)
-        with utils.progress_bar(args, totals, len(images)) as bar:
+        with run.progress(device, ["loss", "acc"], lr, len(images)) as progress:
             for _, batch in run.updates(order.split(args.batch_size)):
-                optim.zero_grad(set_to_none=True)
-                for index in batch.split(part_size):
-                    index = utils.to_device(index, device)
-                    label = labels[index]
-                    logits = net(utils.to_float(images[index])).float()  # [b,num_classes]
-                    loss = cross_entropy(logits, label, reduction="sum")
-                    (loss / len(batch)).backward()  # a batch's gradient is that of its mean
-                    correct = (logits.argmax(-1) == label).sum()
-                    totals.add(len(index), loss.detach(), correct)
-                    bar.update(len(index))
-                optim.step()
-                bar.set_postfix(totals.peek())
-        train = totals.mean()
+                train_batch(net, optim, images, labels, batch, part_size, progress)
+        train = progress.mean()
 
         model.eval()
         val = evaluate(net, pictures.val_images, pictures.val_labels, part_size)
         run.curves.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
         run.curves.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
         run.curves.add_scalar("lr", lr, epoch)
-        run.curves.add_scalar("images_per_second", totals.per_second, epoch)
+        run.curves.add_scalar("images_per_second", progress.per_second, epoch)
         print(
             f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
             f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-            f"lr {lr:.2e}, {totals.per_second:,.0f} images/s",
+            f"lr {lr:.2e}, {progress.per_second:,.0f} images/s",
             flush=True,
         )
         run.results["last"] = val

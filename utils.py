@@ -51,6 +51,8 @@ def one_line_errors():
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: try a smaller --max_device_batch_size")
+    except KeyboardInterrupt:  # before training, which has a handler of its own
+        sys.exit(130)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -154,6 +156,9 @@ def add_device_flags(parser, **defaults):
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="of the matrix products; weights and optimizer stay fp32; "
              "auto: bf16 where the hardware computes it natively")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on one GPU, for runs of 3 million pictures or "
+             "more, which repay the minute it takes; never on a CPU, where it gains nothing)")
     parser.set_defaults(**defaults)
 # fmt: on
 
@@ -195,19 +200,30 @@ def choose_precision(name, device):
     return "bf16" if native else "fp32"
 
 
-class Autocast(torch.nn.Module):
-    """Runs a module in the chosen precision; inside DataParallel, whose threads would forget it."""
+class Net(torch.nn.Module):
+    """Calls a module in the chosen precision, compiled for inputs of one batch size if any.
 
-    def __init__(self, module, device, precision):
+    Others, such as the last of an epoch, run as they are: to compile for each size would take
+    longer than it saves. Autocast is entered in here because DataParallel's threads forget it.
+    """
+
+    def __init__(self, module, device, precision, compiled_size=None):
         super().__init__()
-        self.module, self.device_type, self.bf16 = module, device.type, precision == "bf16"
+        self.module, self.compiled_size = module, compiled_size
+        self.device_type, self.bf16 = device.type, precision == "bf16"
+        if compiled_size:
+            self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True)
 
-    def forward(self, *inputs):
+    def run(self, *inputs):
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
             return self.module(*inputs)
 
+    def forward(self, *inputs):
+        run = self.compiled if len(inputs[0]) == self.compiled_size else self.run
+        return run(*inputs)
 
-def place(module, device, precision):
+
+def place(module, device, precision, compiled_size=None):
     """Move the module to the device, in place, and return what to call in its stead for training.
 
     The module itself is kept to be saved: its state_dict has no prefix.
@@ -218,10 +234,20 @@ def place(module, device, precision):
     for part in module.modules():
         if hasattr(part, "fused_attn"):  # timm's Attention; on a CPU plain products are faster
             part.fused_attn = device.type == "cuda"
-    net = Autocast(module, device, precision)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
-        net = torch.nn.DataParallel(net)
-    return net
+        return torch.nn.DataParallel(Net(module, device, precision))
+    return Net(module, device, precision, compiled_size)
+
+
+def choose_compile(flag, device, pictures):
+    """Whether to compile a run that trains on so many pictures in all its epochs."""
+    one_gpu = device.type == "cuda" and torch.cuda.device_count() == 1
+    return one_gpu and pictures >= 3_000_000 if flag is None else flag
+
+
+def even_parts(batch_size, largest):
+    """The size of a micro-batch: the fewest that are not too large, and of one size."""
+    return math.ceil(batch_size / math.ceil(batch_size / largest))
 
 
 def to_device(tensor, device):
@@ -834,33 +860,43 @@ class Curves:
             self.lengths, self.pending = lengths, []
 
 
-class Totals:
-    """Sums over an epoch's pictures, kept on the device so that no step waits for a number.
+class Progress:
+    """An epoch's bar, and sums over its pictures kept on the device so that no step waits for them.
 
     In front the number of pictures, behind the gradients' norms and the number of updates with
     finite sums. What is not finite stays in its sum, so that number tells the first bad update.
+    The bar, on a terminal only, shows means by the sums that have arrived on the host by then.
     """
 
-    def __init__(self, device, names, epoch, lr, resumed=()):
+    def __init__(self, device, names, epoch=0, lr=0.0, resumed=(), **bar):
         self.names, self.epoch, self.lr = names, epoch, lr
-        sums = torch.zeros(len(names) + 3, dtype=torch.float64)
-        if resumed:
-            sums = torch.tensor(resumed, dtype=torch.float64)
+        sums = torch.tensor(resumed or [0.0] * (len(names) + 3), dtype=torch.float64)
         self.sums = sums.to(device)
         self.host = sums.pin_memory() if device.type == "cuda" else sums.clone()
         self.begun, self.start = sums[0].item(), time.perf_counter()
+        style = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": None}
+        self.bar = tqdm(initial=int(self.begun), **style, **bar)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
 
     def add(self, pictures, *sums):
         """Add a micro-batch: how many pictures, and their summed values in the order of names."""
         self.sums[0] += pictures
         self.sums[1:-2] += torch.stack(sums)
+        self.bar.update(pictures)
 
     def end_update(self, parameters):
         """Raises InputError once it is known that a loss or gradient was not finite."""
         self.sums[-2] += torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.sums[-1] += self.sums.isfinite().all()
         self.host.copy_(self.sums, non_blocking=True)  # a GPU is not waited for: it may come late
-        self.check(self.host.tolist())
+        pictures, *sums = self.check(self.host.tolist())
+        means = zip(self.names, sums, strict=False)
+        self.bar.set_postfix({k: f"{x / max(pictures, 1):.4f}" for k, x in means})
 
     def check(self, sums):
         if not all(map(math.isfinite, sums)):
@@ -870,30 +906,17 @@ class Totals:
                 "--base_learning_rate, more --warmup_epoch or --precision fp32; nothing was "
                 "written since, so the files are those of the last good state"
             )
+        return sums
 
     def read(self):
         """The sums as they are now, for the state. Raises InputError if they are not finite."""
-        sums = self.sums.tolist()
-        self.check(sums)
-        return sums
-
-    def peek(self):
-        """{name: mean}, as text for the bar, of the updates that have arrived by now."""
-        pictures, *sums = self.host.tolist()
-        return {k: f"{x / max(pictures, 1):.4f}" for k, x in zip(self.names, sums, strict=False)}
+        return self.check(self.sums.tolist())
 
     def mean(self):
         """{name: mean over the pictures}. Also sets per_second. Raises InputError like read."""
         pictures, *sums = self.read()
         self.per_second = (pictures - self.begun) / (time.perf_counter() - self.start)
         return {k: x / pictures for k, x in zip(self.names, sums, strict=False)}
-
-
-def progress_bar(args, totals, pictures):
-    """A bar on a terminal, nothing elsewhere."""
-    text = f"Epoch {totals.epoch + 1}/{args.total_epoch}"
-    bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": None}
-    return tqdm(desc=text, total=pictures, initial=int(totals.begun), **bar)
 
 
 def describe_run(args, device, precision, model, pictures, folder):
@@ -915,7 +938,7 @@ def describe_run(args, device, precision, model, pictures, folder):
 
 # Arguments that may change when a run is resumed: they do not change its result.
 LAYOUT = {
-    "data_path", "demo", "device", "log_dir", "max_device_batch_size", "model_path",
+    "compile", "data_path", "demo", "device", "log_dir", "max_device_batch_size", "model_path",
     "output_model_path", "precision", "resume", "save_minutes",
 }  # fmt: skip
 
@@ -994,7 +1017,7 @@ class Run:
         self.args, self.model, self.optim = args, model, optim
         self.path, self.files, self.stop = state_path(model_path), Files(), StopSignal()
         self.fingerprint = pictures.fingerprint()
-        self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
+        self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
         if args.resume:
             self.restore(read_state(self.path))
@@ -1016,7 +1039,7 @@ class Run:
             raise InputError(
                 f"{self.path}: not this model's optimizer: {one_line(error)}"
             ) from error
-        self.epoch, self.update, self.sums = state["epoch"], state["update"], state["sums"]
+        self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
         self.results, self.saved = state["results"], (state["epoch"], state["update"])
         self.curves = Curves(state["folder"], state["lengths"], self.epoch)
         print(f"resumed:   after {self.epoch} epochs and {self.update} updates")
@@ -1040,17 +1063,19 @@ class Run:
                 yield self.epoch
                 self.leave_if_told()
 
-    def totals(self, device, names, lr):
-        """The sums of this epoch, those before the interruption included."""
-        self.epoch_totals = Totals(device, names, self.epoch, lr, self.sums)
-        return self.epoch_totals
+    def progress(self, device, names, lr, pictures):
+        """The bar and the sums of this epoch, those before an interruption included."""
+        text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
+        bar = {"desc": text, "total": pictures}
+        self.sums = Progress(device, names, self.epoch, lr, self.resumed_sums, **bar)
+        return self.sums
 
     def updates(self, batches):
         """Yield (update, batch) for what is left of the epoch; save between two when it is time."""
         for update, batch in enumerate(batches):
             if update >= self.update:
                 yield update, batch
-                self.epoch_totals.end_update(self.model.parameters())
+                self.sums.end_update(self.model.parameters())
                 self.update = update + 1
                 if time.perf_counter() - self.saved_at > 60 * self.args.save_minutes:
                     self.save()
@@ -1061,7 +1086,7 @@ class Run:
 
         Always after the last epoch, else if saving is cheap (2 % of the time since) or overdue.
         """
-        self.epoch, self.update, self.sums = self.epoch + 1, 0, []
+        self.epoch, self.update, self.resumed_sums = self.epoch + 1, 0, []
         self.curves.flush()
         since = time.perf_counter() - self.saved_at
         overdue = since > min(50 * self.cost, 60 * self.args.save_minutes)
@@ -1070,7 +1095,7 @@ class Run:
     def save(self, *others):
         """Write the state behind other files, (path, bytes) each."""
         begin = time.perf_counter()
-        sums = self.epoch_totals.read() if self.update else []  # raises if the run has diverged
+        sums = self.sums.read() if self.update else []  # raises if the run has diverged
         state = {
             "args": vars(self.args),
             "epoch": self.epoch,

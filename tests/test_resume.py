@@ -129,7 +129,7 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
 @contextlib.contextmanager
 def signal_at_update(number, at):
     """Send the process a signal while its update `at` is under way."""
-    end_update, seen = utils.Totals.end_update, []
+    end_update, seen = utils.Progress.end_update, []
 
     def counting(self, parameters):
         seen.append(1)
@@ -137,11 +137,11 @@ def signal_at_update(number, at):
             os.kill(os.getpid(), number)
         end_update(self, parameters)
 
-    utils.Totals.end_update = counting
+    utils.Progress.end_update = counting
     try:
         yield
     finally:
-        utils.Totals.end_update = end_update
+        utils.Progress.end_update = end_update
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
