@@ -160,8 +160,10 @@ def main(args):
     )
 
     num_patches = len(model.encoder.pos_embedding)
-    shown = pictures.val_images[:16]  # the same pictures under the same masks at every epoch
-    shown_noise = torch.rand(len(shown), num_patches, generator=utils.generator("shown", args.seed))
+    # The same pictures and masks at every epoch; spread, as a folder is sorted by class.
+    n = min(16, len(pictures.val_images))
+    shown = pictures.val_images[torch.arange(n) * len(pictures.val_images) // n]
+    shown_noise = torch.rand(n, num_patches, generator=utils.generator("shown", args.seed))
     shown_noise = shown_noise.to(device)
 
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures)
