@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 
 import utils
-from model import MAE_ViT
+from model import MAE_ViT, count_visible
 
 DEMO = {
     "dataset": "shapes",
@@ -128,10 +128,8 @@ def train_batch(net, optim, images, batch, noise, part_size, progress):
 def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
-    precision = utils.choose_precision(args.precision, device)
     png_path = os.path.splitext(args.model_path)[0] + ".png"
-    for path in (args.model_path, png_path, utils.state_path(args.model_path)):
-        utils.check_output(path)
+    utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
     utils.warn_of_long_warmup(args)
 
     architecture = {
@@ -147,19 +145,16 @@ def main(args):
     model = utils.build(MAE_ViT, **architecture)
     pictures = utils.load_pictures(args, device, need_classes=False)
     images = pictures.train_images
-    part_size = utils.even_parts(args.batch_size, args.max_device_batch_size)
-    compiled = utils.choose_compile(args.compile, device, args.total_epoch * len(images))
-    net = utils.place(
-        MAELoss(model, args.patch_size, args.norm_pix_loss),
-        device,
-        precision,
-        part_size if compiled else None,
-    )
+    part_size = utils.choose_part_size(args.batch_size, args.max_device_batch_size, device)
+    loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
+    net, chosen = utils.place(loss, device, args, part_size, args.total_epoch * len(images))
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
 
     num_patches = len(model.encoder.pos_embedding)
+    if count_visible(num_patches, args.mask_ratio) == num_patches:
+        raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
     # The same pictures and masks at every epoch; spread, as a folder is sorted by class.
     n = min(16, len(pictures.val_images))
     shown = pictures.val_images[torch.arange(n) * len(pictures.val_images) // n]
@@ -167,7 +162,7 @@ def main(args):
     shown_noise = shown_noise.to(device)
 
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures)
-    utils.describe_run(args, device, precision, model, pictures, run.curves.folder)
+    utils.describe_run(args, chosen, model, pictures, run.curves.folder)
 
     for epoch in run.epochs():
         lr = utils.set_learning_rate(optim, epoch, args)
@@ -187,16 +182,18 @@ def main(args):
         run.curves.add_scalar("lr", lr, epoch)
         run.curves.add_scalar("images_per_second", progress.per_second, epoch)
         run.curves.add_image("mae_image", grid, epoch)
-        print(
+        utils.say(
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-            f"{progress.per_second:,.0f} images/s",
-            flush=True,
+            f"{progress.per_second:,.0f} images/s"
         )
         if run.end_epoch():
-            content = utils.model_bytes(model, architecture, args, epoch=epoch + 1, metrics=results)
-            run.save((args.model_path, content), (png_path, utils.png_bytes(grid)))
+            facts = {"epoch": epoch + 1, "metrics": results, "chosen": chosen}
+            content = utils.model_bytes(model, architecture, args, **facts)
+            run.files.hold(args.model_path, content)
+            run.files.hold(png_path, utils.png_bytes(grid))
+            run.save()
     run.close()
-    print(f"model: {args.model_path}, reconstructions: {png_path}")
+    utils.say(f"model: {args.model_path}, reconstructions: {png_path}")
 
 
 if __name__ == "__main__":

@@ -108,26 +108,23 @@ def train_batch(net, optim, images, labels, batch, part_size, progress):
 def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
-    precision = utils.choose_precision(args.precision, device)
-    for path in (args.output_model_path, utils.state_path(args.output_model_path)):
-        utils.check_output(path)
+    utils.check_outputs(args.output_model_path, utils.state_path(args.output_model_path))
     utils.warn_of_long_warmup(args)
 
     encoder, architecture = get_encoder(args)
     pictures = utils.load_pictures(args, device)
     architecture["num_classes"] = len(pictures.classes)
     model = ViT_Classifier(encoder, len(pictures.classes))
+    images, labels = pictures.train_images, pictures.train_labels
+    part_size = utils.choose_part_size(args.batch_size, args.max_device_batch_size, device)
+    net, chosen = utils.place(model, device, args, part_size, args.total_epoch * len(images))
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
-    images, labels = pictures.train_images, pictures.train_labels
-    part_size = utils.even_parts(args.batch_size, args.max_device_batch_size)
-    compiled = utils.choose_compile(args.compile, device, args.total_epoch * len(images))
-    net = utils.place(model, device, precision, part_size if compiled else None)
 
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
     run = utils.Run(args, name, args.output_model_path, model, optim, pictures)
-    utils.describe_run(args, device, precision, model, pictures, run.curves.folder)
+    utils.describe_run(args, chosen, model, pictures, run.curves.folder)
 
     for epoch in run.epochs():
         lr = utils.set_learning_rate(optim, epoch, args)
@@ -144,29 +141,23 @@ def main(args):
         run.curves.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
         run.curves.add_scalar("lr", lr, epoch)
         run.curves.add_scalar("images_per_second", progress.per_second, epoch)
-        print(
+        utils.say(
             f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
             f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-            f"lr {lr:.2e}, {progress.per_second:,.0f} images/s",
-            flush=True,
+            f"lr {lr:.2e}, {progress.per_second:,.0f} images/s"
         )
         run.results["last"] = val
         if val["acc"] > run.results.get("best", {"acc": -1})["acc"]:
             run.results["best"] = {"epoch": epoch + 1, **val}
-            content = utils.model_bytes(
-                model,
-                architecture,
-                args,
-                epoch=epoch + 1,
-                metrics={"train": train, "val": val},
-                classes=pictures.classes,
-            )
-            run.files.write(args.output_model_path, content)
+            facts = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
+            facts |= {"chosen": chosen, "classes": pictures.classes}
+            content = utils.model_bytes(model, architecture, args, **facts)
+            run.files.hold(args.output_model_path, content)
         if run.end_epoch():
             run.save()
     run.close()
     best, last = run.results["best"], run.results["last"]
-    print(
+    utils.say(
         f"accuracy on {len(pictures.val_images):,} validation pictures: best {best['acc']:.2%} "
         f"(epoch {best['epoch']}, chosen on these pictures), last {last['acc']:.2%}; "
         f"model of the best epoch: {args.output_model_path}"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import io
 import itertools
@@ -15,7 +16,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import typing
 import zipfile
@@ -39,7 +39,22 @@ from model import MAE_ViT
 
 
 class InputError(Exception):
-    """Something that the user can mend. Its message is one line and says how."""
+    """Something that the user can mend. Its message is one line, whatever is quoted in it."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    return " ".join(str(text).split())[:500]
+
+
+def say(text):
+    """Print, at once. A log that is full or a pipe that is closed must not end the run."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
@@ -51,6 +66,10 @@ def one_line_errors():
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full: try a smaller --max_device_batch_size")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        sys.exit("error: there is not enough memory for this model or these pictures")
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
 
@@ -85,7 +104,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if self.parse_known_args(argv)[0].demo:
             self.set_defaults(**demo)
         args = self.parse_args(argv)
-        return resume_args(self, argv, getattr(args, output)) if args.resume else args
+        return resume_args(self, argv, args, output) if args.resume else args
 
 
 def checked(kind, test, wish):
@@ -101,8 +120,8 @@ def checked(kind, test, wish):
     return parse
 
 
-positive_int = checked(int, lambda n: n >= 1, "a whole number of at least 1")
-unsigned_int = checked(int, lambda n: n >= 0, "a whole number of at least 0")
+positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")
+unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
 unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 open_ratio = checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
 
@@ -182,8 +201,8 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def choose_precision(name, device):
@@ -223,30 +242,43 @@ class Net(torch.nn.Module):
         return run(*inputs)
 
 
-def place(module, device, precision, compiled_size=None):
-    """Move the module to the device, in place, and return what to call in its stead for training.
+def place(module, device, args, part_size, pictures):
+    """Move a module to the device, in place -> what to call in its stead, and what was chosen.
 
-    The module itself is kept to be saved: its state_dict has no prefix.
+    Decides precision and compilation by args.precision, args.compile and the number of pictures
+    that the run trains on. The module itself has the state_dict to save, without any prefix.
     """
     module.to(device)
-    if device.type == "cuda":
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    precision = choose_precision(args.precision, device)
+    compiled = choose_compile(args.compile, gpus, pictures)
+    if gpus:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
     for part in module.modules():
-        if hasattr(part, "fused_attn"):  # timm's Attention; on a CPU plain products are faster
-            part.fused_attn = device.type == "cuda"
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        return torch.nn.DataParallel(Net(module, device, precision))
-    return Net(module, device, precision, compiled_size)
+        if hasattr(part, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
+            part.fused_attn = gpus > 0 or precision == "fp32"
+    net = Net(module, device, precision, part_size if compiled else None)
+    if gpus > 1:
+        net = torch.nn.DataParallel(net)
+    name = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
+    return net, {"device": name, "precision": precision, "compile": compiled}
 
 
-def choose_compile(flag, device, pictures):
-    """Whether to compile a run that trains on so many pictures in all its epochs."""
-    one_gpu = device.type == "cuda" and torch.cuda.device_count() == 1
-    return one_gpu and pictures >= 3_000_000 if flag is None else flag
+def choose_compile(flag, gpus, pictures):
+    """Whether to compile: if the flag says so, else for a long run, where it repays its minute."""
+    if gpus > 1:
+        if flag:
+            say("warning: --compile has no effect on several GPUs in one process")
+        return False
+    return gpus == 1 and pictures >= 3_000_000 if flag is None else flag
 
 
-def even_parts(batch_size, largest):
-    """The size of a micro-batch: the fewest that are not too large, and of one size."""
+def choose_part_size(batch_size, largest, device):
+    """Pictures in a micro-batch: the fewest micro-batches that are not too large, all of one size.
+
+    A CPU is as fast with 64 as with more, and needs less memory.
+    """
+    largest = min(largest, 64) if device.type == "cpu" else largest
     return math.ceil(batch_size / math.ceil(batch_size / largest))
 
 
@@ -282,7 +314,7 @@ def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epo
 
 def warn_of_long_warmup(args):
     if args.warmup_epoch >= args.total_epoch:
-        print(
+        say(
             f"warning: --warmup_epoch {args.warmup_epoch} is not below --total_epoch "
             f"{args.total_epoch}: the learning rate falls before it has risen to its highest value"
         )
@@ -378,7 +410,9 @@ def read_folder(root, image_size, need_classes):
     """
     here = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     val = next((name for name in here if name != "train"), None)
-    if need_classes and not ("train" in here and val):
+    if val and "train" not in here:
+        raise InputError(f"--data_path {root} has {val}/ but no train/")
+    if need_classes and not val:
         raise InputError(
             f"--data_path {root} needs {root}/train/<class>/... and {root}/val/<class>/... or "
             f"{root}/test/<class>/..."
@@ -416,7 +450,10 @@ def decode(files, image_size):
     for i, (path, _) in enumerate(tqdm(files, "Reading pictures", disable=None, leave=False)):
         try:
             with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGB")
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
+                    picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+                picture = picture.convert("RGB")
         except Exception as error:  # each of PIL's decoders has errors of its own
             raise InputError(f"cannot read the picture {path}: {error}") from error
         picture = TF.center_crop(TF.resize(picture, image_size), image_size)
@@ -505,17 +542,29 @@ def read_shapes(image_size):
 # --------------------------------------------------------------------- writing files, all or none
 
 
-def check_output(path):
-    """Raise InputError now if a file could not be written to `path` later. Makes its folder."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        check_replaceable(path)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+def check_outputs(*paths):
+    """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
+    if len(set(paths)) < len(paths):
+        raise InputError(f"two files of the run would have the name {paths[0]}")
+    for path in paths:
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            if os.path.isdir(path) or not os.path.basename(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            check_replaceable(path)
+            for part in glob.glob(f"{glob.escape(path)}.*.part"):  # of a run that was killed
+                os.remove(part)
+            with open(part_path(path), "wb"):
+                os.remove(part_path(path))
+        except OSError as error:
+            raise InputError(
+                f"cannot write {path or 'a file without a name'}: {error.strerror}"
+            ) from error
+
+
+def part_path(path):
+    """The name of a file while it is being written: two runs do not write into one."""
+    return f"{path}.{os.getpid()}.part"
 
 
 def check_replaceable(path):
@@ -530,7 +579,7 @@ def write_file(path, content):
     it was, if any of this fails.
     """
     check_replaceable(path)
-    part = f"{path}.part"
+    part = part_path(path)
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -548,22 +597,23 @@ def write_file(path, content):
 
 
 class Files:
-    """Writes a run's files. One that fails is kept in memory, warned about, and tried again."""
+    """Writes a run's files. What fails is warned about, held, and written with the next ones."""
 
     def __init__(self):
         self.unwritten = {}  # path -> bytes
 
-    def write(self, path, content):
+    def hold(self, path, content):
+        """Keep bytes to be written, in place of older ones for the same path."""
         self.unwritten[path] = content
-        self.retry()
 
-    def retry(self):
+    def write(self):
+        """Write what is held, in the order in which it came."""
         for path, content in list(self.unwritten.items()):
             try:
                 write_file(path, content)
                 del self.unwritten[path]
             except OSError as error:
-                print(f"warning: cannot write {path}: {error.strerror}; will try again", flush=True)
+                say(f"warning: cannot write {path}: {error.strerror}; will try again")
 
 
 def to_bytes(content):
@@ -645,10 +695,6 @@ def read_checkpoint(path):
         raise InputError(f"{path} is no checkpoint of PyTorch, or damaged: {reason}") from error
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200]
-
-
 def load_mae(path):
     """Read pretrained weights -> MAE_ViT, architecture.
 
@@ -659,33 +705,35 @@ def load_mae(path):
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; mae_pretrain.py writes one to its --model_path")
     content = read_checkpoint(path)
+    try:
+        return mae_from(content, path)
+    except InputError:
+        raise
+    except Exception as error:  # nothing is known of the values in the file
+        raise InputError(f"{path} does not hold an MAE_ViT: {one_line(error)}") from error
+
+
+def mae_from(content, path):
     told = {"encoder_head": 3, "decoder_head": 3, "mask_ratio": 0.75}
     if isinstance(content, InertModule):
         weights, told = unpack_module(content, path)
     elif isinstance(content, dict) and "model" in content:
         if content.get("kind") != "MAE_ViT":
-            raise InputError(f"{path} holds a {content.get('kind')}, not an MAE_ViT")
-        weights, told = content["model"], content.get("architecture")
+            raise InputError(f"{path} holds no MAE_ViT but: {str(content.get('kind'))[:40]}")
+        weights, told = content["model"], content["architecture"]
     else:
         weights = content
-    if not isinstance(weights, dict) or not isinstance(told, dict):
-        raise InputError(f"{path} does not hold the weights of an MAE_ViT")
     weights = {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
 
     # The sizes are those of the tensors: what the file says of itself is checked, not trusted.
     architecture = infer_architecture(weights, path)
-    for name, kind in (("encoder_head", int), ("decoder_head", int), ("mask_ratio", float)):
-        architecture[name] = told.get(name)
-        if type(told.get(name)) is not kind:
-            raise InputError(f"{path} gives {name} as {told.get(name)!r}")
-    for name, value in architecture.items():
-        if told.get(name, value) != value or value < (name != "mask_ratio"):
-            raise InputError(f"{path} gives {name} as {told.get(name)!r}, its weights as {value}")
-    try:
-        with torch.device("meta"):  # shapes only
-            expected = MAE_ViT(**architecture).state_dict()
-    except ValueError as error:
-        raise InputError(f"{path} does not hold an MAE_ViT: {error}") from error
+    for name, value in told.items():
+        if type(value) is not (float if name == "mask_ratio" else int) or value < 0:
+            raise InputError(f"{path} gives a {name} that is none")
+        if architecture.setdefault(name, value) != value:
+            raise InputError(f"{path} gives {name} as {value}, its weights {architecture[name]}")
+    with torch.device("meta"):  # shapes only
+        expected = MAE_ViT(**architecture).state_dict()
     check_weights(weights, expected, path)
     model = MAE_ViT(**architecture)
     model.load_state_dict(weights)
@@ -694,27 +742,31 @@ def load_mae(path):
 
 def unpack_module(module, path):
     """A pickled MAE_ViT, or DataParallel of one -> state_dict, what it tells of its sizes."""
-    weights = {}
+    weights, seen = {}, set()
 
     def walk(module, prefix):
+        if id(module) in seen:
+            raise InputError(f"{path} holds a module that contains another twice")
+        seen.add(id(module))
         for name, tensor in getattr(module, "_parameters", {}).items():
             if tensor is not None:
                 weights[prefix + name] = tensor
         for name, child in getattr(module, "_modules", {}).items():
             walk(child, f"{prefix}{name}.")
 
-    try:
-        module = module._modules.get("module", module)
-        walk(module, "")
-        parts = module._modules["encoder"], module._modules["decoder"]
-        heads = [p._modules["transformer"]._modules["0"]._modules["attn"].num_heads for p in parts]
-        ratio = parts[0]._modules["shuffle"].ratio
-        eps = parts[0]._modules["transformer"]._modules["0"]._modules["norm1"].eps
-        if eps != 1e-5:
-            print(f"warning: {path} has LayerNorm eps {eps}: with 1e-05, its features differ a bit")
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} holds a module, but not an MAE_ViT: {one_line(error)}") from error
-    return weights, {"encoder_head": heads[0], "decoder_head": heads[1], "mask_ratio": ratio}
+    module = module._modules.get("module", module)
+    if "encoder" not in module._modules:
+        raise InputError(f"{path} holds a module, but not an MAE_ViT")
+    walk(module, "")
+    parts = module._modules["encoder"], module._modules["decoder"]
+    blocks = [part._modules["transformer"]._modules["0"]._modules for part in parts]
+    if (eps := blocks[0]["norm1"].eps) != 1e-5:
+        say(f"warning: {path} has LayerNorm eps {eps}: with 1e-05, its features differ a little")
+    return weights, {
+        "encoder_head": blocks[0]["attn"].num_heads,
+        "decoder_head": blocks[1]["attn"].num_heads,
+        "mask_ratio": parts[0]._modules["shuffle"].ratio,
+    }
 
 
 def infer_architecture(weights, path):
@@ -722,7 +774,7 @@ def infer_architecture(weights, path):
 
     def shape(name, dimensions):
         tensor = weights.get(name)
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != dimensions:
+        if not is_plain(tensor) or tensor.dim() != dimensions:
             raise InputError(f"{path} does not hold the weights of an MAE_ViT: no fitting {name}")
         return tensor.shape
 
@@ -746,7 +798,8 @@ def is_plain(tensor):
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.is_floating_point()
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )
 
@@ -817,9 +870,11 @@ class Curves:
                 path = os.path.join(where, file)
                 length = self.lengths.get(os.path.relpath(path, self.folder), 0)
                 with contextlib.suppress(OSError):
-                    if length == 0 and file.startswith("events.out.tfevents."):
+                    if not file.startswith("events.out.tfevents."):
+                        continue
+                    if length == 0:
                         os.remove(path)
-                    elif length and os.path.getsize(path) > length:
+                    elif os.path.getsize(path) > length:
                         os.truncate(path, length)
 
     def add_scalar(self, tag, value, step, part=""):
@@ -854,7 +909,7 @@ class Curves:
                     os.fsync(file.fileno())
                     lengths[name] = file.tell()
         except OSError as error:
-            print(f"warning: cannot write curves: {error.strerror}; will try again", flush=True)
+            say(f"warning: cannot write curves: {error.strerror}; will try again")
             self.cut()
         else:
             self.lengths, self.pending = lengths, []
@@ -871,7 +926,9 @@ class Progress:
     def __init__(self, device, names, epoch=0, lr=0.0, resumed=(), **bar):
         self.names, self.epoch, self.lr = names, epoch, lr
         sums = torch.tensor(resumed or [0.0] * (len(names) + 3), dtype=torch.float64)
-        self.sums = sums.to(device)
+        if len(sums) != len(names) + 3:
+            raise InputError("the state of the run does not fit this script")
+        self.sums = to_device(sums, device)
         self.host = sums.pin_memory() if device.type == "cuda" else sums.clone()
         self.begun, self.start = sums[0].item(), time.perf_counter()
         style = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": None}
@@ -896,15 +953,16 @@ class Progress:
         self.host.copy_(self.sums, non_blocking=True)  # a GPU is not waited for: it may come late
         pictures, *sums = self.check(self.host.tolist())
         means = zip(self.names, sums, strict=False)
-        self.bar.set_postfix({k: f"{x / max(pictures, 1):.4f}" for k, x in means})
+        means = {k: f"{x / max(pictures, 1):.4f}" for k, x in means}
+        self.bar.set_postfix(means, refresh=False)
 
     def check(self, sums):
         if not all(map(math.isfinite, sums)):
             raise InputError(
                 f"the loss or its gradient is not finite in epoch {self.epoch + 1}, update "
-                f"{sums[-1] + 1:.0f}, at learning rate {self.lr:.2e}: try a lower "
-                "--base_learning_rate, more --warmup_epoch or --precision fp32; nothing was "
-                "written since, so the files are those of the last good state"
+                f"{sums[-1] + 1:.0f}, at learning rate {self.lr:.2e}; the files are those of the "
+                "last good state. Try --resume with --precision fp32, or a new run with a lower "
+                "--base_learning_rate or more --warmup_epoch"
             )
         return sums
 
@@ -919,19 +977,17 @@ class Progress:
         return {k: x / pictures for k, x in zip(self.names, sums, strict=False)}
 
 
-def describe_run(args, device, precision, model, pictures, folder):
+def describe_run(args, chosen, model, pictures, folder):
     """Print once what this run is."""
-    gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
     parameters = sum(p.numel() for p in model.parameters())
     sizes = f"{len(pictures.train_images):,} training, {len(pictures.val_images):,} validation"
-    print(f"arguments: {', '.join(f'{name} {value}' for name, value in vars(args).items())}")
-    print(f"libraries: {libraries}")
-    print(f"device:    {device} ({hardware}), {precision}")
-    print(f"model:     {type(model).__name__}, {parameters:,} parameters")
-    print(f"pictures:  {args.dataset}, {sizes}")
-    print(f"curves:    {folder} (tensorboard --logdir {args.log_dir})", flush=True)
+    say(f"arguments: {', '.join(f'{name} {value}' for name, value in vars(args).items())}")
+    say(f"libraries: {libraries}")
+    say(f"chosen:    {', '.join(f'{name} {value}' for name, value in chosen.items())}")
+    say(f"model:     {type(model).__name__}, {parameters:,} parameters")
+    say(f"pictures:  {args.dataset}, {sizes}")
+    say(f"curves:    {folder}")
 
 
 # ----------------------------------------------------------------------------- stop and resume
@@ -948,16 +1004,18 @@ def state_path(model_path):
     return "{}.state{}".format(*os.path.splitext(model_path))
 
 
-def resume_args(parser, argv, model_path):
-    """The arguments of the run whose state lies beside model_path, and those of argv in LAYOUT.
+def resume_args(parser, argv, args, output):
+    """The arguments of the run whose state lies beside the model file, and those of argv in LAYOUT.
 
     Raises InputError if there is no such run, or if argv would change it, naming each difference.
     """
+    model_path = getattr(args, output)
     path = state_path(model_path)
     saved = read_state(path)["args"]
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    if vars(args).keys() != saved.keys():
+    kinds = {name: {type(value), type(saved.get(name))} for name, value in vars(args).items()}
+    if kinds.keys() != saved.keys() or any(len(k - {type(None)}) > 1 for k in kinds.values()):
         raise InputError(f"{path} is of another version of this script, or of another script")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
     differences = [
         f"--{name} {value} (it has {saved[name]})"
         for name, value in vars(args).items()
@@ -965,12 +1023,13 @@ def resume_args(parser, argv, model_path):
     ]
     if differences:
         raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
+    setattr(args, output, model_path)
     return args
 
 
 STATE = {
     "args": dict, "epoch": int, "update": int, "sums": list, "results": dict, "model": dict,
-    "optim": dict, "pictures": int, "folder": str, "lengths": dict,
+    "optim": dict, "pictures": int, "folder": str, "lengths": dict, "unwritten": dict,
 }  # fmt: skip
 
 
@@ -982,7 +1041,14 @@ def read_state(path):
     fits = isinstance(state, dict) and all(isinstance(state.get(k), STATE[k]) for k in STATE)
     if fits and state["update"]:  # within an epoch there are sums of it
         fits = len(state["sums"]) > 3 and all(type(x) is float for x in state["sums"])
-    if not fits or min(state["epoch"], state["update"]) < 0 or "total_epoch" not in state["args"]:
+    fits = fits and type(total := state["args"].get("total_epoch")) is int
+    fits = (
+        fits and (0, 0) <= (state["epoch"], state["update"]) <= (total, 0) and state["update"] >= 0
+    )
+    fits = fits and all(type(x) is int for x in state["lengths"].values())
+    fits = fits and all(isinstance(x, dict) for x in state["results"].values())
+    fits = fits and all(isinstance(x, torch.Tensor) for x in state["unwritten"].values())
+    if not fits:
         raise InputError(f"{path} is not the state of a run")
     return state
 
@@ -1003,7 +1069,8 @@ class StopSignal:
         self.number = number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
-        print("\nstopping after this update; once more to stop at once", flush=True)
+        with contextlib.suppress(OSError):  # not print: the signal may have come in one
+            os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
 
 class Run:
@@ -1033,8 +1100,8 @@ class Run:
         try:
             self.optim.load_state_dict(state["optim"])
             for parameter in self.model.parameters() if state["epoch"] + state["update"] else ():
-                moments = {k: self.optim.state[parameter][k] for k in ("exp_avg", "exp_avg_sq")}
-                check_weights(moments, dict.fromkeys(moments, parameter), self.path)
+                expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+                check_weights(self.optim.state[parameter], expected, self.path)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self.path}: not this model's optimizer: {one_line(error)}"
@@ -1042,7 +1109,9 @@ class Run:
         self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
         self.results, self.saved = state["results"], (state["epoch"], state["update"])
         self.curves = Curves(state["folder"], state["lengths"], self.epoch)
-        print(f"resumed:   after {self.epoch} epochs and {self.update} updates")
+        for path, content in state["unwritten"].items():
+            self.files.hold(path, content.numpy().tobytes())
+        say(f"resumed:   after {self.epoch} epochs and {self.update} updates")
 
     def set_aside(self):
         """Rename the state of an unfinished run, which this one would overwrite."""
@@ -1052,7 +1121,7 @@ class Run:
                 names = (f"{self.path}-{i}" for i in itertools.count(2))
                 other = next(name for name in names if not os.path.exists(name))
                 os.rename(self.path, other)
-                print(f"warning: {self.path} held an unfinished run: renamed to {other}")
+                say(f"warning: {self.path} held an unfinished run: renamed to {other}")
 
     def epochs(self):
         """Yield the epochs that are left. The caller ends each with end_epoch."""
@@ -1092,10 +1161,16 @@ class Run:
         overdue = since > min(50 * self.cost, 60 * self.args.save_minutes)
         return overdue or self.stop.number or self.epoch == self.args.total_epoch
 
-    def save(self, *others):
-        """Write the state behind other files, (path, bytes) each."""
+    def save(self):
+        """Write the files that are held, then the state. Raises InputError if the run diverged."""
         begin = time.perf_counter()
-        sums = self.sums.read() if self.update else []  # raises if the run has diverged
+        sums = self.sums.read() if self.update else []
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise InputError(
+                f"weights are not finite after epoch {self.epoch}; the files are those of the last "
+                "good state. Start a new run with a lower --base_learning_rate"
+            )
+        self.files.write()
         state = {
             "args": vars(self.args),
             "epoch": self.epoch,
@@ -1107,9 +1182,15 @@ class Run:
             "pictures": self.fingerprint,
             "folder": self.curves.folder,
             "lengths": self.curves.lengths,
+            # What has no place on the disk may have one later, in a run that is resumed.
+            "unwritten": {
+                path: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                for path, content in self.files.unwritten.items()
+                if path != self.path
+            },
         }
-        for path, content in (*others, (self.path, to_bytes(state))):
-            self.files.write(path, content)
+        self.files.hold(self.path, to_bytes(state))
+        self.files.write()
         self.saved, self.saved_at = (self.epoch, self.update), time.perf_counter()
         self.cost = self.saved_at - begin
 
@@ -1120,18 +1201,16 @@ class Run:
         if self.saved != (self.epoch, self.update):
             self.save()
         command = shlex.join(["python", *(x for x in sys.argv if x != "--resume"), "--resume"])
-        where = f"epoch {self.epoch + 1}, {self.update} updates done"
-        if self.path in self.files.unwritten:
-            print(f"stopped in {where}, which could not be saved; the last save can be resumed:")
-        else:
-            print(f"stopped in {where}; to go on:")
-        print(f"    {command}", flush=True)
+        where = f"after {self.epoch} epochs and {self.update} updates"
+        lost = ", ".join(self.files.unwritten)
+        say(f"stopped {where}" + (f"; could not write {lost}" if lost else "") + "; to go on:")
+        say(f"    {command}")
         sys.exit(128 + self.stop.number)
 
     def close(self):
         """Raises InputError if a file could not be written to the last."""
         self.curves.flush()
-        self.files.retry()
+        self.files.write()
         lost = [*self.files.unwritten, *([self.curves.folder] if self.curves.pending else [])]
         if lost:
             raise InputError(f"the run is over, but could not be written to {', '.join(lost)}")

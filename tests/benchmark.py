@@ -67,13 +67,8 @@ def our_step(job, args, device, images, labels):
         names = ["loss", "acc"]
     with FlopCounterMode(display=False) as counter:
         module(*example).sum().backward()
-    micro_batch = min(args.micro_batch, args.batch)
-    net = utils.place(
-        module,
-        device,
-        utils.choose_precision(args.precision, device),
-        micro_batch if args.compile else None,
-    )
+    micro_batch = utils.choose_part_size(args.batch, args.micro_batch, device)
+    net, _ = utils.place(module, device, args, micro_batch, pictures=0)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images, labels = images.to(device), labels.to(device)
     progress = utils.Progress(device, names)
@@ -217,6 +212,7 @@ def measure(job, args, matrix):
         sides[side], theirs = context.Pipe()
         processes.append(context.Process(target=worker, args=(side, job, args, theirs)))
         processes[-1].start()
+        theirs.close()  # the worker's end: should it die, recv ends
     flops = {side: connection.recv() for side, connection in sides.items()}["ours"]
 
     seconds = {side: [] for side in sides}
@@ -254,6 +250,8 @@ def measure(job, args, matrix):
 def main(args):
     device = utils.choose_device(args.device)
     args.device = device.type
+    if args.source and not os.path.isfile(os.path.join(args.source, "model.py")):
+        raise utils.InputError(f"--source {args.source} has no model.py")
     args.batch = args.batch or (4096 if device.type == "cuda" else 512)
     precision = utils.choose_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -96,6 +96,8 @@ def test_wrong_tensors_are_named():
         (good | {name: good[name].long()}, f"{name} is no tensor of floating"),
         (good | {name: huge}, f"{name} is no tensor of floating"),
         (good | {name: "text"}, f"{name} is no tensor"),
+        (good | {"encoder.patchify.weight": torch.zeros(1).expand(24, 3, 8, 2**31)}, "no fitting"),
+        (good | {"encoder.pos_embedding": torch.zeros(1).expand(16, 1, 2**40)}, "no fitting"),
         (good | {"encoder.pos_embedding": None}, "no fitting encoder.pos_embedding"),
         ({}, "no fitting encoder.pos_embedding"),
     ]:
@@ -111,14 +113,31 @@ def test_what_a_file_says_of_itself_is_checked():
         {"emb_dim": 10**9}, {"encoder_layer": 10**9}, {"patch_size": 0}, {"encoder_head": 5},
         {"encoder_head": 0}, {"encoder_head": -1}, {"encoder_head": "3"}, {"mask_ratio": 7.0},
         {"mask_ratio": float("nan")}, {"image_size": [32]}, {"decoder_head": None},
+        {"image_size": torch.zeros(3)}, {"encoder_head": torch.zeros(3, 3)}, {"odd": "a\nb"},
     ):  # fmt: skip
         torch.save(content | {"architecture": content["architecture"] | change}, "odd.pth")
         with pytest.raises(utils.InputError, match="odd.pth"):
             utils.load_mae("odd.pth")
-    for change in ({"architecture": None}, {"model": None}, {"kind": None}, {"kind": "x"}):
+    for change in (
+        {"architecture": None}, {"model": None}, {"kind": None}, {"kind": "a\nb"}, {"model": []},
+    ):  # fmt: skip
         torch.save(content | change, "odd.pth")
-        with pytest.raises(utils.InputError, match="odd.pth"):
+        with pytest.raises(utils.InputError, match="odd.pth") as error:
             utils.load_mae("odd.pth")
+        assert "\n" not in str(error.value)
+
+
+def test_modules_that_contain_each_other_do_not_hang():
+    inner = torch.nn.Module()
+    for _ in range(40):
+        outer = torch.nn.Module()
+        outer.a, outer.b = inner, inner
+        inner = outer
+    model = tiny()
+    model.encoder.extra = inner
+    torch.save(model, "nested.pth")
+    with pytest.raises(utils.InputError, match="twice"):
+        utils.load_mae("nested.pth")
 
 
 def test_wrong_states_are_refused():
@@ -130,7 +149,9 @@ def test_wrong_states_are_refused():
     for change in [
         {"epoch": "x"}, {"epoch": -1}, {"update": -3}, {"update": 2, "sums": []}, {"model": {}},
         {"update": 2, "sums": ["x"] * 4}, {"args": {}}, {"args": {"seed": 1}}, {"folder": 3},
-        {"lengths": None}, {"optim": {}}, {"optim": {**optim, "param_groups": []}},
+        {"lengths": None}, {"lengths": {"f": "x"}}, {"args": {"total_epoch": "x"}}, {"epoch": 99},
+        {"epoch": 1, "update": 2, "sums": [0.0] * 5}, {"results": {"best": 3}},
+        {"unwritten": {"x": 3}},        {"optim": {}}, {"optim": {**optim, "param_groups": []}},
         {"optim": {**optim, **less}}, {"optim": {**optim, **strange}}, {"pictures": 0},
         {"model": {**content["model"], "encoder.cls_token": torch.zeros(1)}},
     ]:  # fmt: skip

@@ -146,6 +146,19 @@ def test_folder_reads_other_colour_modes(tmp_path, mode):
     assert load("folder", tmp_path, need_classes=False).train_images.shape == (1, 3, 32, 32)
 
 
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.full((40, 40), 30000, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    pictures = load("folder", tmp_path, need_classes=False)
+    assert (pictures.train_images == 30000 // 257).all()
+
+
+def test_validation_pictures_alone_are_not_trained_on(tmp_path):
+    save_picture(tmp_path / "val" / "a" / "1.png")
+    with pytest.raises(utils.InputError, match="no train/"):
+        load("folder", tmp_path, need_classes=False)
+
+
 def test_folder_of_pictures_without_classes(tmp_path):
     for k in range(20):
         save_picture(tmp_path / "deep" / str(k % 2) / f"{k}.jpg")

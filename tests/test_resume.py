@@ -161,7 +161,7 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
     assert stop.value.code == status and signal.getsignal(signal.SIGINT) is before
     assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     state = read(f"{name}.state.pth")
-    assert (state["epoch"], state["update"]) == divmod(at, 3)[:1] + (at % 3,) or at % 3 == 0
+    assert 3 * state["epoch"] + state["update"] == at
     train_("--resume", "--max_device_batch_size", "9" if at == 5 else "16")
     tolerance = 1e-5 if at == 5 else 0.0
     same_weights(f"{name}.pth", "whole.pth", tolerance)
@@ -309,12 +309,12 @@ def test_full_disk(small_disk, capsys):
 
 
 def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
-    def vanish(self, *others, save=utils.Run.save):
+    def vanish(self, save=utils.Run.save):
         if self.epoch:
             for file in os.listdir("out"):
                 os.remove(f"out/{file}")
             os.rmdir("out")
-        save(self, *others)
+        save(self)
 
     save, utils.Run.save = utils.Run.save, vanish
     try:
@@ -323,6 +323,73 @@ def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
     finally:
         utils.Run.save = save
     assert "warning: cannot write out/mae.pth" in capsys.readouterr().out
+
+
+def test_what_could_not_be_written_is_written_by_the_resumed_run(monkeypatch):
+    """The state must not say that all is done while the model file is that of another time."""
+    write_file = utils.write_file
+
+    def only_states(path, content):
+        if "state" not in path:
+            raise PermissionError(13, "Permission denied")
+        write_file(path, content)
+
+    for script, path in ((pretrain, "vit-t-mae.pth"), (classify, "cls.pth")):
+        with monkeypatch.context() as patch, pytest.raises(utils.InputError, match=path):
+            patch.setattr(utils, "write_file", only_states)
+            script()
+        assert not os.path.exists(path)
+        script("--resume")
+        utils.read_checkpoint(path)
+
+
+def test_restored_optimizer_may_be_on_another_device():
+    """As on a GPU, where load_state_dict moves what it loads to the parameters' device."""
+    expected = {"exp_avg": torch.zeros(3)}
+    utils.check_weights({"exp_avg": torch.ones(3)}, expected, "path")
+    moved = type("Tensor", (torch.Tensor,), {"device": property(lambda _: torch.device("cuda"))})
+    utils.check_weights({"exp_avg": torch.ones(3).as_subclass(moved)}, expected, "path")
+
+
+def test_a_full_log_or_closed_pipe_does_not_end_a_run(monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr("sys.stdout", full)
+    pretrain()
+    with contextlib.suppress(OSError):
+        full.close()
+    assert read("vit-t-mae.pth")["epoch"] == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
+    pretrain()
+    before = open("vit-t-mae.pth", "rb").read()
+    end_epoch = utils.Run.end_epoch
+
+    def spoil(self):
+        next(self.model.parameters()).data[0] = float("inf")
+        return end_epoch(self)
+
+    monkeypatch.setattr(utils.Run, "end_epoch", spoil)
+    with pytest.raises(utils.InputError, match="not finite"):
+        pretrain("--seed", "1")
+    assert open("vit-t-mae.pth", "rb").read() == before
+
+
+def test_a_state_touches_no_other_files():
+    for name in ("thesis.txt", "events.out.tfevents.1"):
+        with open(name, "w") as file:
+            file.write("x" * 1000)
+    utils.Curves(".", {"thesis.txt": 1, "events.out.tfevents.1": 10}, 0)
+    assert os.path.getsize("thesis.txt") == 1000
+    assert os.path.getsize("events.out.tfevents.1") == 10
+
+
+def test_state_under_another_name_is_the_one_that_goes_on():
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
+        pretrain("--model_path", "a.pth")
+    os.rename("a.state.pth", "b.state.pth")
+    pretrain("--model_path", "b.pth", "--resume")
+    assert read("b.pth")["epoch"] == 2 and not os.path.exists("a.pth")
 
 
 def test_state_is_saved_by_the_clock_within_an_epoch(monkeypatch):
