@@ -847,10 +847,10 @@ def new_run_folder(*parts):
 
 
 class Curves:
-    """A run's TensorBoard events, whose length on the disk is known and kept with the run's state.
+    """A run's TensorBoard events, in files whose lengths are known: {file: bytes}.
 
-    SummaryWriter writes from a thread, of which neither holds: a resumed run could not cut off what
-    it is about to write again, and a full disk would end the run. `lengths` is {file: bytes}.
+    With the lengths in its state, a resumed run cuts off what it is about to write again. The
+    thread of SummaryWriter does not tell them, and one that meets a full disk lets its run hang.
     """
 
     def __init__(self, folder, lengths=None, step=0):
@@ -906,13 +906,18 @@ class Curves:
                     for event in (event for where, event in self.pending if where == part):
                         writer.write(event.SerializeToString())
                     writer.flush()
-                    os.fsync(file.fileno())
                     lengths[name] = file.tell()
         except OSError as error:
             say(f"warning: cannot write curves: {error.strerror}; will try again")
             self.cut()
         else:
             self.lengths, self.pending = lengths, []
+
+    def sync(self):
+        """Put on the disk what is in its cache, so that a power cut does not take it."""
+        for name in self.lengths:
+            with contextlib.suppress(OSError), open(os.path.join(self.folder, name), "ab") as file:
+                os.fsync(file.fileno())
 
 
 class Progress:
@@ -1171,6 +1176,7 @@ class Run:
                 "good state. Start a new run with a lower --base_learning_rate"
             )
         self.files.write()
+        self.curves.sync()
         state = {
             "args": vars(self.args),
             "epoch": self.epoch,
