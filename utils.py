@@ -1017,9 +1017,18 @@ def resume_args(parser, argv, args, output):
     model_path = getattr(args, output)
     path = state_path(model_path)
     saved = read_state(path)["args"]
-    kinds = {name: {type(value), type(saved.get(name))} for name, value in vars(args).items()}
-    if kinds.keys() != saved.keys() or any(len(k - {type(None)}) > 1 for k in kinds.values()):
+    if vars(args).keys() != saved.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
+    for action in parser._actions:  # what the command line would refuse is refused here too
+        value = saved.get(action.dest)
+        try:
+            fits = type(value) in (bool, int, float, str, type(None))
+            fits = fits and (value is None or not action.type or action.type(str(value)) == value)
+            fits = fits and (not action.choices or value in action.choices)
+        except (ValueError, argparse.ArgumentTypeError):
+            fits = False
+        if not fits:
+            raise InputError(f"{path} has a --{action.dest} that is none")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     differences = [
         f"--{name} {value} (it has {saved[name]})"
@@ -1087,7 +1096,8 @@ class Run:
 
     def __init__(self, args, name, model_path, model, optim, pictures):
         self.args, self.model, self.optim = args, model, optim
-        self.path, self.files, self.stop = state_path(model_path), Files(), StopSignal()
+        self.model_path, self.path = model_path, state_path(model_path)
+        self.files, self.stop = Files(), StopSignal()
         self.fingerprint = pictures.fingerprint()
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
@@ -1107,15 +1117,16 @@ class Run:
             for parameter in self.model.parameters() if state["epoch"] + state["update"] else ():
                 expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
                 check_weights(self.optim.state[parameter], expected, self.path)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: not this model's optimizer: {one_line(error)}"
-            ) from error
+        except InputError:
+            raise
+        except Exception as error:  # nothing is known of the values in the file
+            raise InputError(f"{self.path}: not this model's optimizer: {error}") from error
         self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
         self.results, self.saved = state["results"], (state["epoch"], state["update"])
         self.curves = Curves(state["folder"], state["lengths"], self.epoch)
-        for path, content in state["unwritten"].items():
-            self.files.hold(path, content.numpy().tobytes())
+        stem, extension = os.path.splitext(self.model_path)
+        for other in {extension, ".png"} & state["unwritten"].keys():
+            self.files.hold(stem + other, state["unwritten"][other].numpy().tobytes())
         say(f"resumed:   after {self.epoch} epochs and {self.update} updates")
 
     def set_aside(self):
@@ -1188,9 +1199,9 @@ class Run:
             "pictures": self.fingerprint,
             "folder": self.curves.folder,
             "lengths": self.curves.lengths,
-            # What has no place on the disk may have one later, in a run that is resumed.
+            # The model and the picture, by their extensions, if they could not be written yet.
             "unwritten": {
-                path: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                os.path.splitext(path)[1]: torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 for path, content in self.files.unwritten.items()
                 if path != self.path
             },
