@@ -177,7 +177,7 @@ def add_device_flags(parser, **defaults):
              "auto: bf16 where the hardware computes it natively")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the model (default: on one GPU, for runs of 3 million pictures or "
-             "more, which repay the minute it takes; never on a CPU, where it gains nothing)")
+             "more; not on a CPU, where it needs a C++ compiler and about a minute)")
     parser.set_defaults(**defaults)
 # fmt: on
 
@@ -265,7 +265,7 @@ def place(module, device, args, part_size, pictures):
 
 
 def choose_compile(flag, gpus, pictures):
-    """Whether to compile: if the flag says so, else for a long run, where it repays its minute."""
+    """Whether to compile: as the flag says, else on one GPU if the run is long enough to repay it."""
     if gpus > 1:
         if flag:
             say("warning: --compile has no effect on several GPUs in one process")
