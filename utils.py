@@ -265,7 +265,7 @@ def place(module, device, args, part_size, pictures):
 
 
 def choose_compile(flag, gpus, pictures):
-    """Whether to compile: as the flag says, else on one GPU if the run is long enough to repay it."""
+    """Whether to compile: as the flag says, else on one GPU for a run that is long enough."""
     if gpus > 1:
         if flag:
             say("warning: --compile has no effect on several GPUs in one process")
