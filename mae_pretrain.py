@@ -145,7 +145,7 @@ def main(args):
     model = utils.build(MAE_ViT, **architecture)
     pictures = utils.load_pictures(args, device, need_classes=False)
     images = pictures.train_images
-    part_size = utils.choose_part_size(args.batch_size, args.max_device_batch_size, device)
+    part_size = utils.choose_part_size(args, device)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     net, chosen = utils.place(loss, device, args, part_size, args.total_epoch * len(images))
     optim = torch.optim.AdamW(

@@ -117,7 +117,7 @@ def main(args):
     architecture["num_classes"] = len(pictures.classes)
     model = ViT_Classifier(encoder, len(pictures.classes))
     images, labels = pictures.train_images, pictures.train_labels
-    part_size = utils.choose_part_size(args.batch_size, args.max_device_batch_size, device)
+    part_size = utils.choose_part_size(args, device)
     net, chosen = utils.place(model, device, args, part_size, args.total_epoch * len(images))
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True

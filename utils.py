@@ -273,13 +273,15 @@ def choose_compile(flag, gpus, pictures):
     return gpus == 1 and pictures >= 3_000_000 if flag is None else flag
 
 
-def choose_part_size(batch_size, largest, device):
+def choose_part_size(args, device):
     """Pictures in a micro-batch: the fewest micro-batches that are not too large, all of one size.
 
-    A CPU is as fast with 64 as with more, and needs less memory.
+    In fp32 a CPU is as fast with 64 pictures as with more, and needs less memory.
     """
-    largest = min(largest, 64) if device.type == "cpu" else largest
-    return math.ceil(batch_size / math.ceil(batch_size / largest))
+    largest = args.max_device_batch_size
+    if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
+        largest = min(largest, 64)
+    return math.ceil(args.batch_size / math.ceil(args.batch_size / largest))
 
 
 def to_device(tensor, device):
