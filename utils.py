@@ -394,7 +394,7 @@ def read_cifar(name, root):
         train, val = (dataset(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"cannot get {name} ({' '.join(str(error).split())}): put {dataset.filename} from "
+            f"cannot get {name} ({error}): put {dataset.filename} from "
             f"{dataset.url} into {root}{os.sep}, or try --demo, which needs no network"
         ) from error
     images = (torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous() for x in (train, val))
@@ -440,7 +440,7 @@ def list_pictures(root, part, need_classes):
             return dataset.samples, dataset.classes
         return make_dataset(folder, {"": 0}, IMG_EXTENSIONS), [""]
     except OSError as error:
-        raise InputError(f"--data_path {root}: {' '.join(str(error).split())}") from error
+        raise InputError(f"--data_path {root}: {error}") from error
 
 
 def decode(files, image_size):
@@ -712,7 +712,7 @@ def load_mae(path):
     except InputError:
         raise
     except Exception as error:  # nothing is known of the values in the file
-        raise InputError(f"{path} does not hold an MAE_ViT: {one_line(error)}") from error
+        raise InputError(f"{path} does not hold an MAE_ViT: {error}") from error
 
 
 def mae_from(content, path):
