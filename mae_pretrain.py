@@ -117,10 +117,10 @@ def train_batch(net, optim, images, batch, noise, part_size, progress):
     net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host.
     """
     optim.zero_grad(set_to_none=True)
-    batch, noise = (utils.to_device(x, images.device) for x in (batch, noise))
-    for index, part_noise in zip(batch.split(part_size), noise.split(part_size), strict=True):
+    weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
+    for index, part_noise in utils.micro_batches(net, part_size, images.device, batch, noise):
         loss = net(images[index], part_noise)  # [b]
-        (loss.sum() / len(batch)).backward()
+        (loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
     optim.step()
 
@@ -197,5 +197,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
+    with utils.one_line_errors(), utils.processes():
         main(get_args())

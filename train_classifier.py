@@ -84,24 +84,26 @@ def get_encoder(args):
 
 @torch.no_grad()
 def evaluate(net, images, labels, part_size):
-    """Mean loss and accuracy over all images, exact whatever the size of the last part."""
-    loss = correct = 0
-    for img, label in zip(images.split(part_size), labels.split(part_size), strict=True):
+    """Mean loss and accuracy over all images, exact however they are split into parts."""
+    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
+    parts = (utils.share(x).split(part_size) for x in (images, labels))
+    for img, label in zip(*parts, strict=True):
         logits = net(utils.to_float(img)).float()  # [b,num_classes]
-        loss += cross_entropy(logits, label, reduction="sum").double()
-        correct += (logits.argmax(-1) == label).sum()
-    return {"loss": loss.item() / len(images), "acc": correct.item() / len(images)}
+        loss, correct = cross_entropy(logits, label, reduction="sum"), logits.argmax(-1) == label
+        sums += torch.stack([loss, correct.sum()])
+    loss, acc = (utils.sum_over_processes(sums) / len(images)).tolist()
+    return {"loss": loss, "acc": acc}
 
 
 def train_batch(net, optim, images, labels, batch, part_size, progress):
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host."""
     optim.zero_grad(set_to_none=True)
-    batch = utils.to_device(batch, images.device)
-    for index in batch.split(part_size):
+    weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
+    for (index,) in utils.micro_batches(net, part_size, images.device, batch):
         label = labels[index]
         logits = net(utils.to_float(images[index])).float()  # [b,num_classes]
         loss = cross_entropy(logits, label, reduction="sum")
-        (loss / len(batch)).backward()
+        (loss * weight).backward()
         progress.add(len(index), loss.detach(), (logits.argmax(-1) == label).sum())
     optim.step()
 
@@ -166,5 +168,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
+    with utils.one_line_errors(), utils.processes():
         main(get_args())

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import datetime
 import errno
 import glob
 import hashlib
@@ -24,10 +25,12 @@ import zlib
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import summary
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
@@ -50,7 +53,9 @@ def one_line(text):
 
 
 def say(text):
-    """Print, at once. A log that is full or a pipe that is closed must not end the run."""
+    """Print, at once, once. A log that is full or a pipe that is closed must not end the run."""
+    if rank() > 0:
+        return
     try:
         print(text, flush=True)
     except OSError:
@@ -63,15 +68,38 @@ def one_line_errors():
     try:
         yield
     except InputError as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full: try a smaller --max_device_batch_size")
+        fail("the GPU's memory is full: try a smaller --max_device_batch_size")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
-            raise
-        sys.exit("error: there is not enough memory for this model or these pictures")
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            fail("there is not enough memory for this model or these pictures")
+        if world_size() > 1 and LOST.search(f"{type(error).__name__} {error}"):
+            fail(f"another process has failed or cannot be reached ({one_line(error)[:100]})")
+        raise
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
+
+
+# How gloo and NCCL say that a process on the other side is gone.
+LOST = re.compile(
+    "DistBackendError|DistNetworkError|DistStoreError|gloo|NCCL|Connection (closed|reset)"
+)
+
+
+def fail(message):
+    """End with one line and status 1.
+
+    Of several processes that end for the same reason the first is to say so: torchrun ends the
+    others while they wait here. They end hard, as PyTorch's clean-up could wait for a lost one.
+    """
+    if world_size() == 1:
+        sys.exit(f"error: {message}")
+    if rank() > 0 or message.startswith("another process"):
+        time.sleep(3)
+    with contextlib.suppress(OSError):
+        print(f"error in process {rank()}: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -94,6 +122,8 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message):
+        if rank() > 0:
+            time.sleep(3)  # see fail
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def parse(self, argv, demo, output):
@@ -182,18 +212,113 @@ def add_device_flags(parser, **defaults):
 # fmt: on
 
 
+# ---------------------------------------------------------------------------- several processes
+
+
+def rank():
+    """The number of this process among those that torchrun has started; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun has started, on all machines; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes():
+    """Join the other processes of the run, if torchrun has started several.
+
+    What is on a GPU travels by NCCL, all else by gloo. Process 0 reads the pictures, and alone
+    writes: model, state, curves, messages.
+    """
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not told or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    with contextlib.suppress(OSError, AttributeError):  # Linux: if torchrun dies, SIGTERM for us
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
+    yield
+    dist.destroy_process_group()
+
+
+def share(tensor):
+    """The part of a batch that is this process's: all but equal parts of dim 0, maybe none."""
+    return tensor.tensor_split(world_size())[rank()]
+
+
+def sum_over_processes(tensor):
+    """Sum a tensor over the processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def agree(*numbers):
+    """The largest of each number over the processes, for what only one of them may know."""
+    if world_size() == 1:
+        return numbers
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def check_alike(**facts):
+    """Raise InputError if the processes, on several machines maybe, are not up to the same."""
+    if world_size() == 1:
+        return
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, facts, dist.new_group(backend="gloo"))
+    for number, theirs in enumerate(gathered):
+        for name, value in gathered[0].items():
+            if theirs[name] != value:
+                raise InputError(
+                    f"process {number} has {name} {theirs[name]}, process 0 has {value}: give all "
+                    "machines the same flags, code and files"
+                )
+
+
+def send_pictures(pictures):
+    """Give the Pictures of process 0 to all; the others pass None."""
+    if world_size() == 1:
+        return pictures
+    # Process 0 may be downloading for long. Should it fail, the others learn of it at once.
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    facts = [pictures and (pictures.classes, [(x.shape, x.dtype) for x in pictures[:4]])]
+    dist.broadcast_object_list(facts, 0, group)
+    classes, kinds = facts[0]
+    tensors = pictures[:4] if pictures else [torch.empty(s, dtype=dtype) for s, dtype in kinds]
+    for tensor in tensors:
+        dist.broadcast(tensor, 0, group)
+    return Pictures(*tensors, classes)
+
+
 # -------------------------------------------------------------------------- device, precision
 
 
 def choose_device(name):
     """auto, cpu or cuda -> torch.device. Raises InputError for cuda without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
+    gpus = torch.cuda.device_count()
+    if name == "cuda" and not gpus:
         raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or not gpus:
         keep_freed_memory()
-    return torch.device(name)
+        return torch.device("cpu")
+    index = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+    if index >= gpus:
+        raise InputError(f"--nproc_per_node is above the number of GPUs of this machine, {gpus}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def count_gpus(device):
+    """The GPUs that this process trains on: 1 if there is a process for each, 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.device_count() if world_size() == 1 else 1
 
 
 def keep_freed_memory():
@@ -249,18 +374,22 @@ def place(module, device, args, part_size, pictures):
     that the run trains on. The module itself has the state_dict to save, without any prefix.
     """
     module.to(device)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    gpus = count_gpus(device)
     precision = choose_precision(args.precision, device)
-    compiled = choose_compile(args.compile, gpus, pictures)
+    compiled = choose_compile(args.compile, gpus, pictures / world_size())
     if gpus:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
     for part in module.modules():
         if hasattr(part, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
             part.fused_attn = gpus > 0 or precision == "fp32"
     net = Net(module, device, precision, part_size if compiled else None)
-    if gpus > 1:
-        net = torch.nn.DataParallel(net)
     name = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
+    if world_size() > 1:
+        check_alike(device=device.type, precision=precision)
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        name = f"{world_size()} processes, {name} each"
+    elif gpus > 1:
+        net = DataParallel(net)
     return net, {"device": name, "precision": precision, "compile": compiled}
 
 
@@ -278,10 +407,24 @@ def choose_part_size(args, device):
 
     In fp32 a CPU is as fast with 64 pictures as with more, and needs less memory.
     """
-    largest = args.max_device_batch_size
+    largest = args.max_device_batch_size * max(1, count_gpus(device))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
         largest = min(largest, 64)
-    return math.ceil(args.batch_size / math.ceil(args.batch_size / largest))
+    size = max(1, len(share(torch.empty(args.batch_size, device="meta"))))
+    return math.ceil(size / math.ceil(size / largest))
+
+
+def micro_batches(net, part_size, device, *tensors):
+    """Yield this process's share of a batch part by part: tuples of slices, on the device.
+
+    Of several processes, each yields at least one, and they exchange gradients in the last.
+    """
+    parts = [to_device(share(x), device).split(part_size) for x in tensors]
+    *others, last = zip(*parts, strict=True)
+    for part in others:
+        with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
+            yield part
+    yield last
 
 
 def to_device(tensor, device):
@@ -359,6 +502,12 @@ def to_float(images):
 
 def load_pictures(args, device, need_classes=True):
     """Read args.dataset whole into the device's memory. Raises InputError if it cannot."""
+    pictures = send_pictures(read_pictures(args, need_classes) if rank() == 0 else None)
+    tensors = (x.to(device) if isinstance(x, torch.Tensor) else x for x in pictures)
+    return Pictures(*tensors)
+
+
+def read_pictures(args, need_classes):
     if args.dataset == "shapes":
         pictures = read_shapes(args.image_size)
     elif args.dataset == "folder":
@@ -371,8 +520,7 @@ def load_pictures(args, device, need_classes=True):
         )
     if args.train_images:
         pictures = take_train_images(pictures, args.train_images)
-    tensors = (x.to(device) if isinstance(x, torch.Tensor) else x for x in pictures)
-    return Pictures(*tensors)
+    return pictures
 
 
 def take_train_images(pictures, n):
@@ -546,6 +694,8 @@ def read_shapes(image_size):
 
 def check_outputs(*paths):
     """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
+    if rank() > 0:
+        return
     if len(set(paths)) < len(paths):
         raise InputError(f"two files of the run would have the name {paths[0]}")
     for path in paths:
@@ -606,7 +756,8 @@ class Files:
 
     def hold(self, path, content):
         """Keep bytes to be written, in place of older ones for the same path."""
-        self.unwritten[path] = content
+        if rank() == 0:
+            self.unwritten[path] = content
 
     def write(self):
         """Write what is held, in the order in which it came."""
@@ -858,7 +1009,7 @@ class Curves:
     def __init__(self, folder, lengths=None, step=0):
         self.folder, self.lengths, self.pending = folder, dict(lengths or {}), []
         self.name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        if lengths is not None:
+        if lengths is not None and rank() == 0:
             self.cut()
             # Tell a TensorBoard that is looking on to forget what it has seen from this step on.
             start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
@@ -891,7 +1042,8 @@ class Curves:
         self.add("", summary.image(tag, picture, dataformats="CHW"), step)
 
     def add(self, part, values, step):
-        self.pending.append((part, Event(wall_time=time.time(), step=step, summary=values)))
+        if rank() == 0:
+            self.pending.append((part, Event(wall_time=time.time(), step=step, summary=values)))
 
     def flush(self):
         """Write what is pending. If that fails, warn, undo what was written of it, and keep it."""
@@ -928,6 +1080,7 @@ class Progress:
     In front the number of pictures, behind the gradients' norms and the number of updates with
     finite sums. What is not finite stays in its sum, so that number tells the first bad update.
     The bar, on a terminal only, shows means by the sums that have arrived on the host by then.
+    Each process sums over its own pictures.
     """
 
     def __init__(self, device, names, epoch=0, lr=0.0, resumed=(), **bar):
@@ -935,10 +1088,13 @@ class Progress:
         sums = torch.tensor(resumed or [0.0] * (len(names) + 3), dtype=torch.float64)
         if len(sums) != len(names) + 3:
             raise InputError("the state of the run does not fit this script")
+        self.begun, self.start = sums[0].item(), time.perf_counter()
+        if rank() > 0:  # what was summed before an interruption counts once
+            sums[:-2] = 0
         self.sums = to_device(sums, device)
         self.host = sums.pin_memory() if device.type == "cuda" else sums.clone()
-        self.begun, self.start = sums[0].item(), time.perf_counter()
-        style = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": None}
+        hidden = True if rank() > 0 else None  # None: unless on a terminal
+        style = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": hidden}
         self.bar = tqdm(initial=int(self.begun), **style, **bar)
 
     def __enter__(self):
@@ -951,7 +1107,7 @@ class Progress:
         """Add a micro-batch: how many pictures, and their summed values in the order of names."""
         self.sums[0] += pictures
         self.sums[1:-2] += torch.stack(sums)
-        self.bar.update(pictures)
+        self.bar.update(min(pictures * world_size(), (self.bar.total or 0) - self.bar.n))
 
     def end_update(self, parameters):
         """Raises InputError once it is known that a loss or gradient was not finite."""
@@ -974,8 +1130,10 @@ class Progress:
         return sums
 
     def read(self):
-        """The sums as they are now, for the state. Raises InputError if they are not finite."""
-        return self.check(self.sums.tolist())
+        """The sums over all processes, for the state. Raises InputError if they are not finite."""
+        sums = self.sums.clone()
+        sum_over_processes(sums[:-2])  # norms and updates are the same in all
+        return self.check(sums.tolist())
 
     def mean(self):
         """{name: mean over the pictures}. Also sets per_second. Raises InputError like read."""
@@ -1070,7 +1228,11 @@ def read_state(path):
 
 
 class StopSignal:
-    """Notes SIGINT or SIGTERM, so that work in hand can be finished. A second one stops at once."""
+    """Notes SIGINT or SIGTERM, so that work in hand can be finished. A second one stops at once.
+
+    Not under torchrun, which passes signals on that its processes may have got already, and loses
+    patience itself, after 30 seconds.
+    """
 
     number = None
 
@@ -1083,6 +1245,8 @@ class StopSignal:
 
     def note(self, number, _):
         self.number = number
+        if world_size() > 1:
+            return
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # not print: the signal may have come in one
@@ -1099,15 +1263,20 @@ class Run:
     def __init__(self, args, name, model_path, model, optim, pictures):
         self.args, self.model, self.optim = args, model, optim
         self.model_path, self.path = model_path, state_path(model_path)
-        self.files, self.stop = Files(), StopSignal()
+        self.files, self.stop, self.told = Files(), StopSignal(), 0
         self.fingerprint = pictures.fingerprint()
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
         if args.resume:
             self.restore(read_state(self.path))
-        else:
+        elif rank() == 0:
             self.set_aside()
             self.curves = Curves(new_run_folder(args.log_dir, args.dataset, name))
+        else:
+            self.curves = Curves(None)
+        same = {f"--{k}": v for k, v in vars(args).items() if k not in LAYOUT}
+        weights = sum(p.detach().double().sum().item() for p in model.parameters())
+        check_alike(**same, epoch=self.epoch, update=self.update, weights=weights)
 
     def restore(self, state):
         if state["pictures"] != self.fingerprint:
@@ -1164,9 +1333,15 @@ class Run:
                 yield update, batch
                 self.sums.end_update(self.model.parameters())
                 self.update = update + 1
-                if time.perf_counter() - self.saved_at > 60 * self.args.save_minutes:
+                since = time.perf_counter() - self.saved_at
+                if self.decide(since > 60 * self.args.save_minutes):
                     self.save()
                 self.leave_if_told()
+
+    def decide(self, overdue):
+        """Whether to save now, by the clock of process 0; and whether any was told to stop."""
+        self.told, overdue = agree(self.stop.number or 0, overdue and rank() == 0)
+        return bool(overdue)
 
     def end_epoch(self):
         """Note that an epoch is done. True if its results are to be saved, by the caller, now.
@@ -1176,18 +1351,21 @@ class Run:
         self.epoch, self.update, self.resumed_sums = self.epoch + 1, 0, []
         self.curves.flush()
         since = time.perf_counter() - self.saved_at
-        overdue = since > min(50 * self.cost, 60 * self.args.save_minutes)
-        return overdue or self.stop.number or self.epoch == self.args.total_epoch
+        overdue = self.decide(since > min(50 * self.cost, 60 * self.args.save_minutes))
+        return overdue or self.told or self.epoch == self.args.total_epoch
 
     def save(self):
         """Write the files that are held, then the state. Raises InputError if the run diverged."""
         begin = time.perf_counter()
         sums = self.sums.read() if self.update else []
+        self.saved = self.epoch, self.update
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise InputError(
                 f"weights are not finite after epoch {self.epoch}; the files are those of the last "
                 "good state. Start a new run with a lower --base_learning_rate"
             )
+        if rank() > 0:
+            return
         self.files.write()
         self.curves.sync()
         state = {
@@ -1210,21 +1388,22 @@ class Run:
         }
         self.files.hold(self.path, to_bytes(state))
         self.files.write()
-        self.saved, self.saved_at = (self.epoch, self.update), time.perf_counter()
+        self.saved_at = time.perf_counter()
         self.cost = self.saved_at - begin
 
     def leave_if_told(self):
         """After SIGINT or SIGTERM: save, say how to go on, end with status 130 or 143."""
-        if self.stop.number is None:
+        if not self.told:
             return
         if self.saved != (self.epoch, self.update):
             self.save()
-        command = shlex.join(["python", *(x for x in sys.argv if x != "--resume"), "--resume"])
+        command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
+        start = "python" if world_size() == 1 else "torchrun ..."
         where = f"after {self.epoch} epochs and {self.update} updates"
         lost = ", ".join(self.files.unwritten)
         say(f"stopped {where}" + (f"; could not write {lost}" if lost else "") + "; to go on:")
-        say(f"    {command}")
-        sys.exit(128 + self.stop.number)
+        say(f"    {start} {command}")
+        sys.exit(128 + self.told)
 
     def close(self):
         """Raises InputError if a file could not be written to the last."""

@@ -1,5 +1,8 @@
 """What the tests of the scripts share: a tiny run, and reading back what it left on the disk."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -8,6 +11,8 @@ import mae_pretrain
 import train_classifier
 import utils
 
+TESTS = os.path.dirname(os.path.abspath(__file__))
+REPOSITORY = os.path.dirname(TESTS)
 TINY = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --device cpu --precision fp32".split()
 PRETRAIN = [*TINY, *"--dataset shapes --train_images 60 --decoder_layer 1 -bs 25".split()]
 PRETRAIN += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
@@ -27,6 +32,16 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures = few_shapes()
     monkeypatch.setattr(utils, "read_shapes", lambda image_size: pictures)
+
+
+def new_process(function, *args):
+    """Start a process that has imported all it needs, and computed nothing, before it is forked."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([REPOSITORY, TESTS])  # not sys.path, on Python 3.11
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mae_pretrain", "train_classifier", "conftest"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def pretrain(*flags):

@@ -1,7 +1,6 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ from conftest import (
     classify,
     events,
     few_shapes,
+    new_process,
     pretrain,
     read,
     same_weights,
@@ -46,12 +46,7 @@ def train(script, flags, folder):
 
 
 def start(script, flags, folder="."):
-    """A process that has imported all it needs, and computed nothing, before it is forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_pretrain", "train_classifier", "conftest"])
-    process = context.Process(target=train, args=(script, flags, os.path.abspath(folder)))
-    process.start()
-    return process
+    return new_process(train, script, flags, os.path.abspath(folder))
 
 
 def finish(script, flags, folder="."):

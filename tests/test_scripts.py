@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAIN, classify, events, pretrain, read, same_weights, scalars
+from conftest import PRETRAIN, REPOSITORY, classify, events, pretrain, read, same_weights, scalars
 from PIL import Image
 
 import mae_pretrain
@@ -16,7 +16,6 @@ import utils
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run(script, *flags, **kwargs):

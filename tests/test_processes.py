@@ -1,0 +1,313 @@
+"""One run, any layout: several processes, on one machine or two, give the result of one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import (
+    CLASSIFY,
+    PRETRAIN,
+    REPOSITORY,
+    few_shapes,
+    new_process,
+    read,
+    same_weights,
+    scalars,
+)
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+import mae_pretrain
+import train_classifier
+import utils
+from model import MAE_ViT
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+# 17 pictures an update, of 52: windows of 17, 17, 17 and 1, which three processes cannot all share.
+LAYOUT = "--train_images 52 --batch_size 17 --total_epoch 6 --base_learning_rate 3e-3".split()
+SCRIPTS = {
+    "mae_pretrain": [*PRETRAIN, *LAYOUT, "--model_path", "model.pth"],
+    "train_classifier": [*CLASSIFY, *LAYOUT, "--output_model_path", "model.pth"],
+}
+CURVES = {
+    "mae_pretrain": {"mae-pretrain": "mae_loss"},
+    "train_classifier": {
+        f"scratch-cls/cls_{tag}_{part}": f"cls/{tag}"
+        for tag in ("loss", "acc")
+        for part in ("train", "val")
+    },
+}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class CountingDDP(DistributedDataParallel):
+    """Notes the bytes of gradients that are exchanged in every update."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bytes = []
+        self.register_comm_hook(None, self.hook)
+
+    def hook(self, _, bucket):
+        self.bytes.append(bucket.buffer().nbytes)
+        with open(f"bytes-{utils.rank()}", "w") as file:
+            json.dump(self.bytes, file)
+        return allreduce_hook(None, bucket)
+
+
+def body(script, flags, folder, environment, stop_at):
+    """What a process does. Process 1 gets a SIGTERM in its update stop_at."""
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    os.environ.update(environment)
+    output = os.open(f"output-{environment['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    utils.read_shapes = few_shapes
+    utils.DistributedDataParallel = CountingDDP
+    torch.set_num_threads(1)
+    end_update, seen = utils.Progress.end_update, []
+
+    def counting(self, parameters):
+        seen.append(1)
+        if len(seen) == stop_at and environment["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        end_update(self, parameters)
+
+    utils.Progress.end_update = counting
+    module = {"mae_pretrain": mae_pretrain, "train_classifier": train_classifier}[script]
+    with utils.one_line_errors(), utils.processes():
+        module.main(module.get_args(flags))
+
+
+def train(script, flags, folder, n=1, stop_at=0, flags_of_last=()):
+    """Run a script in n processes -> their exit statuses."""
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for i in range(n):
+        own = [*flags, *(flags_of_last if i == n - 1 else ())]
+        environment = shared | {"RANK": str(i), "LOCAL_RANK": str(i)}
+        args = script, own, os.path.abspath(folder), environment, stop_at
+        started.append(new_process(body, *args))
+    for process in started:
+        process.join(timeout=100)
+    return [process.exitcode for process in started]
+
+
+def output(folder, number=0):
+    with open(f"{folder}/output-{number}") as file:
+        return file.read()
+
+
+def same_run(script, folder, other, tolerance=1e-5):
+    for part, tag in CURVES[script].items():
+        a, b = (scalars(f"{f}/logs/shapes/{part}", tag) for f in (folder, other))
+        assert len(b) == 6 and a == [(e, pytest.approx(x, rel=tolerance)) for e, x in b], tag
+    same_weights(f"{folder}/model.pth", f"{other}/model.pth", tolerance)
+    metrics = [read(f"{f}/model.pth")["metrics"] for f in (folder, other)]
+    if script == "train_classifier":  # every validation picture is counted once
+        assert metrics[0]["val"]["acc"] == metrics[1]["val"]["acc"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_run_in_any_layout(script):
+    flags = SCRIPTS[script]
+    assert train(script, flags, "one") == [0]
+    for size in ("1", "7", "64"):
+        assert train(script, [*flags, "--max_device_batch_size", size], size) == [0]
+        same_run(script, size, "one")
+    for n in (2, 3):
+        several = [*flags, "--max_device_batch_size", "4"]
+        assert train(script, several, str(n), n) == [0] * n, output(str(n))
+        same_run(script, str(n), "one")
+        # Gradients are exchanged once an update, and only the first process writes.
+        parameters = 4 * sum(p.numel() for p in read("one/model.pth")["model"].values())
+        for i in range(n):
+            with open(f"{n}/bytes-{i}") as file:
+                assert sum(json.load(file)) == 6 * 4 * parameters
+        files = [sorted(os.listdir(folder)) for folder in ("one", str(n))]
+        extra = {f"bytes-{i}" for i in range(n)} | {f"output-{i}" for i in range(n)}
+        assert set(files[1]) - extra == set(files[0]) - {"output-0"}
+        for where, _, names in os.walk(f"{n}/logs"):
+            assert len(names) <= 1, where
+        assert output(str(n)).count("epoch 6/6") == 1 and output(str(n), n - 1) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_saved_by_two_processes_and_resumed_by_three_and_by_one(script):
+    flags = SCRIPTS[script]
+    assert train(script, flags, "whole") == [0]
+    for n in (3, 1):
+        folder = f"resumed-{n}"
+        assert train(script, flags, folder, 2, stop_at=7) == [143, 143], output(folder)
+        assert "torchrun ..." in output(folder) and "--resume" in output(folder)
+        state = read(f"{folder}/model.state.pth")
+        assert (state["epoch"], state["update"]) == (1, 3)
+        assert train(script, [*flags, "--resume"], folder, n) == [0] * n, output(folder)
+        same_run(script, folder, "whole")
+
+
+def test_processes_with_other_flags_are_refused():
+    flags = SCRIPTS["mae_pretrain"]
+    status = train("mae_pretrain", flags, "a", 2, flags_of_last=["--seed", "7"])
+    assert status == [1, 1]
+    assert "process 1 has --seed 7, process 0 has 42" in output("a")
+
+
+def test_an_error_of_the_first_process_ends_the_others():
+    begin = time.monotonic()
+    flags = [*SCRIPTS["mae_pretrain"], "--dataset", "folder", "--data_path", "nowhere"]
+    assert train("mae_pretrain", flags, "a", 2) == [1, 1]
+    assert output("a").startswith("error in process 0: --data_path nowhere")
+    assert len(output("a").splitlines()) == 1
+    assert output("a", 1).splitlines()[-1].startswith("error in process 1: another process")
+    assert time.monotonic() - begin < 30
+
+
+def torchrun(folder, *flags, script="mae_pretrain.py"):
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(REPOSITORY, script)
+    command = [sys.executable, "-m", "torch.distributed.run", *flags[0], path, *flags[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{folder}/output", "a") as file:
+        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=environment)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+LONG = [*SCRIPTS["mae_pretrain"], "--total_epoch", "100000", "--save_minutes", "0.001"]
+
+
+def test_a_killed_rank_ends_the_job_which_can_be_resumed():
+    job = torchrun("job", ["--standalone", "--nproc_per_node=2"], *LONG)
+    try:
+        wait_for(lambda: os.path.exists("job/model.pth"))
+        os.kill(children(job.pid)[-1], signal.SIGKILL)
+        assert job.wait(timeout=60) != 0
+    finally:
+        job.kill()
+    saved = read("job/model.state.pth")["epoch"]
+    assert saved > 0
+    flags = ["--standalone", "--nproc_per_node=1"]
+    job = torchrun("job", flags, "--model_path", "model.pth", "--resume")
+    try:
+        wait_for(lambda: read("job/model.state.pth")["epoch"] > saved)
+        job.terminate()
+        assert job.wait(timeout=60) != 0
+    finally:
+        job.kill()
+
+
+def test_two_machines_of_which_one_is_lost():
+    """Two agents on the loopback, as `--nnodes=2` starts them on two machines."""
+
+    def start(folder, *flags):
+        where = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}".split()
+        where += ["--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1"]
+        return [torchrun(folder, where, *flags) for _ in range(2)]
+
+    jobs = start("whole", *SCRIPTS["mae_pretrain"])
+    assert [job.wait(timeout=100) for job in jobs] == [0, 0]
+    assert read("whole/model.pth")["epoch"] == 6
+
+    jobs = start("job", *LONG)
+    try:
+        wait_for(lambda: os.path.exists("job/model.pth"))
+        jobs[1].kill()  # the agent only: its process must notice by itself
+        assert jobs[0].wait(timeout=60) != 0
+    finally:
+        for job in jobs:
+            job.kill()
+    saved = read("job/model.state.pth")["epoch"]
+    jobs = start("job", "--model_path", "model.pth", "--resume")
+    try:
+        wait_for(lambda: read("job/model.state.pth")["epoch"] > saved)
+    finally:
+        for job in jobs:
+            job.terminate()
+        assert all(job.wait(timeout=60) for job in jobs)
+
+
+class OnCPU(DataParallel):
+    """DataParallel with the CPU in the place of two GPUs, its replicas in threads of their own."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.device_ids, self.output_device, self.dim = [0, 1], 0, 0
+        self.src_device_obj = torch.device("cpu")
+
+    def scatter(self, inputs, kwargs, devices):
+        parts = list(zip(*(x.tensor_split(2) for x in inputs), strict=True))
+        return parts, [{}] * len(parts)
+
+    def replicate(self, module, devices):
+        """As torch.nn.parallel.replicate does it, with copies that pass gradients back."""
+        replicas = []
+        for _ in devices:
+            copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
+            for old, new in copies.items():
+                for name, child in old._modules.items():
+                    new._modules[name] = copies[child]
+                for name, parameter in old._parameters.items():
+                    setattr(new, name, None if parameter is None else parameter.clone())
+            replicas.append(copies[module])
+        return replicas
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        results = {}
+
+        def work(i):  # a new thread does not have autocast's state
+            results[i] = replicas[i](*inputs[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(replicas))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [results[i] for i in range(len(replicas))]
+
+    def gather(self, outputs, device):
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_data_parallel_replicas(precision):
+    """The real DataParallel.forward; what copies between GPUs is replaced by copies on the CPU."""
+    torch.manual_seed(0)
+    loss = mae_pretrain.MAELoss(MAE_ViT(32, 8, 24, 1, 3, 1, 3), patch_size=8)
+    net = utils.Net(loss, torch.device("cpu"), precision)
+    images, noise = few_shapes().train_images[:9], torch.rand(9, 16)
+    gradients, seen = [], []
+    layer = loss.model.encoder.transformer[0].mlp.fc1
+    layer.register_forward_hook(lambda *x: seen.append(x[2].dtype))  # in the replicas too
+    for each, calls in ((net, 1), (OnCPU(net), 2)):
+        loss.zero_grad()
+        seen.clear()
+        result = each(images, noise)  # [9]
+        result.sum().backward()
+        gradients.append([result, *(p.grad.clone() for p in loss.parameters())])
+        assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] * calls
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 if precision == "fp32" else 2e-2)
