@@ -4,8 +4,10 @@
     python mae_pretrain.py --demo               drawn shapes, no network, 3 minutes on two CPU cores
     python mae_pretrain.py --dataset folder --data_path my_pictures --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
+    python mae_pretrain.py --reconstruct PICTURES --mask_ratio 0.5 0.75 0.9
 
-Writes the model to --model_path and its last reconstructions beside it, as a PNG.
+Writes the model to --model_path and its last reconstructions beside it, as a PNG. The last line
+trains nothing: it shows what the trained model makes of your pictures.
 """
 
 import os
@@ -47,11 +49,17 @@ def get_args(argv=None):
     add("--encoder_head", type=utils.positive_int, default=3)
     add("--decoder_layer", type=utils.positive_int, default=4)
     add("--decoder_head", type=utils.positive_int, default=3)
-    add("--mask_ratio", type=utils.open_ratio, default=0.75,
-        help="share of the patches hidden; int(patches * (1 - mask_ratio)) stay visible")
+    add("--mask_ratio", type=utils.open_ratio, default=0.75, nargs="+", action=utils.OneOrMore,
+        help="share of the patches hidden; int(patches * (1 - mask_ratio)) stay visible; "
+             "several only with --reconstruct")
     add("--norm_pix_loss", action="store_true",
         help="predict pixels normalised by the mean and deviation of their patch; "
              "the pictures shown are de-normalised with those of the true patch")
+    parser.add_argument("--augment", action="store_true",
+        help="train on random crops, resized, and their mirror images, as in the paper")
+    parser.add_argument("--reconstruct", metavar="PATH",
+        help="no training: show what the model of --model_path makes of a picture, or of the "
+             "first 16 of a folder, in a PNG beside it")
     utils.add_training_flags(parser, seed=42, batch_size=4096, base_learning_rate=1.5e-4,
         weight_decay=0.05, total_epoch=2000, warmup_epoch=200)
     utils.add_device_flags(parser, max_device_batch_size=128)
@@ -93,39 +101,90 @@ def patch_mean_std(img, patch_size):
 
 
 @torch.no_grad()
-def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
-    """img uint8 [B,3,H,W], noise [B,T] -> picture [3,H',W'] in [0, 1], two images to a row.
+def fill_in(model, img, noise, patch_size, norm_pix_loss=False):
+    """img [B,3,H,W], noise [B,T] -> masked, reconstructed: [B,3,H,W] each.
 
-    Each is shown masked, reconstructed (the visible patches as they are, the prediction elsewhere;
-    de-normalised with the true patch's mean and deviation after norm_pix_loss) and as it is.
+    The visible patches are as they are, the prediction elsewhere; after norm_pix_loss it is
+    de-normalised with the true patch's mean and deviation.
     """
-    img = utils.to_float(img)
     predicted_img, mask = model(img, noise)
     if norm_pix_loss:
         mean, std = patch_mean_std(img, patch_size)
         predicted_img = predicted_img * std + mean
-    predicted_img = predicted_img * mask + img * (1 - mask)
-    grid = torch.cat([img * (1 - mask), predicted_img, img])
+    return img * (1 - mask), predicted_img * mask + img * (1 - mask)
+
+
+def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
+    """img uint8 [B,3,H,W], noise [B,T] -> picture [3,H',W'] in [0, 1], two images to a row.
+
+    Each is shown masked, reconstructed and as it is.
+    """
+    img = utils.to_float(img)
+    grid = torch.cat([*fill_in(model, img, noise, patch_size, norm_pix_loss), img])
     w1 = 1 if len(img) % 2 else 2
     grid = rearrange(grid, "(v h1 w1) c h w -> c (h1 h) (w1 v w)", w1=w1, v=3)
     return ((grid + 1) / 2).clamp(0, 1)
 
 
-def train_batch(net, optim, images, batch, noise, part_size, progress):
+def show(args):
+    """--reconstruct: pictures through a trained model, masked and reconstructed at each ratio."""
+    model, architecture, norm_pix_loss = utils.load_mae(args.model_path)
+    path = os.path.splitext(args.model_path)[0] + "-reconstructed.png"
+    utils.check_outputs(path)
+    files = utils.find_pictures(args.reconstruct)
+    img = utils.to_float(utils.decode(files[:16], architecture["image_size"])[0])
+    noise = torch.rand(len(img), len(model.encoder.pos_embedding),
+        generator=utils.generator("shown", args.seed))  # fmt: skip
+    columns = []
+    for ratio in args.mask_ratio if isinstance(args.mask_ratio, list) else [args.mask_ratio]:
+        if count_visible(noise.shape[1], ratio) == 0:
+            raise utils.InputError(f"--mask_ratio {ratio} leaves no patch visible")
+        model.encoder.shuffle.ratio = ratio
+        columns += fill_in(model, img, noise, architecture["patch_size"], norm_pix_loss)
+    grid = torch.stack([*columns, img])  # [2 * ratios + 1,B,3,H,W]
+    grid = (rearrange(grid, "v b c h w -> c (b h) (v w)") + 1) / 2
+    utils.write_file(path, utils.png_bytes(grid.clamp(0, 1)))
+    utils.say(f"{len(img)} of {len(files)} pictures, masked and reconstructed: {path}")
+
+
+def random_resized_crop(img, draw):
+    """Crop a fifth to all of each picture, back to its size, and mirror half of them.
+
+    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. Paper, appendix A.1; the ranges are
+    those of torchvision's RandomResizedCrop, which draws one crop for a whole batch.
+    """
+    area, stretch = 0.2 + 0.8 * draw[:, 0], (4 / 3) ** (2 * draw[:, 1] - 1)
+    width, height = ((area * x).sqrt().clamp(max=1) for x in (stretch, 1 / stretch))
+    x, y = (2 * draw[:, 2] - 1) * (1 - width), (2 * draw[:, 3] - 1) * (1 - height)
+    mirror, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
+    rows = torch.stack([mirror * width, zero, x]), torch.stack([zero, height, y])
+    return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic").clamp(-1, 1)
+
+
+def train_batch(net, optim, images, batch, noise, part_size, progress, crop=()):
     """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
 
-    net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host.
+    net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host; with --augment, crop
+    holds [N,5] for random_resized_crop.
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
-    for index, part_noise in utils.micro_batches(net, part_size, images.device, batch, noise):
-        loss = net(images[index], part_noise)  # [b]
+    parts = utils.micro_batches(net, part_size, images.device, batch, noise, *crop)
+    for index, part_noise, *draw in parts:
+        img = images[index]
+        if draw:
+            img = random_resized_crop(utils.to_float(img), *draw)
+        loss = net(img, part_noise)  # [b]
         (loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
     optim.step()
 
 
 def main(args):
+    if args.reconstruct:
+        return show(args)
+    if isinstance(args.mask_ratio, list):
+        raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
     png_path = os.path.splitext(args.model_path)[0] + ".png"
@@ -173,7 +232,8 @@ def main(args):
                 # The masks, like the order, are a function of the seed, the epoch and the update.
                 rng = utils.generator("masks", args.seed, epoch, update)
                 noise = torch.rand(len(batch), num_patches, generator=rng)
-                train_batch(net, optim, images, batch, noise, part_size, progress)
+                crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
+                train_batch(net, optim, images, batch, noise, part_size, progress, crop)
         results = progress.mean()
 
         model.eval()

@@ -186,12 +186,26 @@ class ViT_Classifier(torch.nn.Module):
         self.layer_norm = encoder.layer_norm
         self.head = torch.nn.Linear(self.pos_embedding.shape[-1], num_classes)
 
-    def forward(self, img):
-        """img [B,3,H,W] -> logits [B,num_classes]."""
+    def features(self, img, branch_scale=None):
+        """img [B,3,H,W], branch_scale as in forward -> what the head sees, [B,C]."""
         patches = self.patchify(img)  # [B,C,h,w]
         patches = rearrange(patches, "b c h w -> (h w) b c")  # [T,B,C]
         patches = patches + self.pos_embedding
         tokens = torch.cat([self.cls_token.expand(-1, patches.shape[1], -1), patches])
         tokens = rearrange(tokens, "t b c -> b t c").contiguous()  # [B,1+T,C]
-        features = self.layer_norm(self.transformer(tokens))
-        return self.head(features[:, 0])
+        if branch_scale is None:
+            tokens = self.transformer(tokens)
+        else:  # what timm's Block does, but with our numbers
+            for i, block in enumerate(self.transformer):
+                attn_scale, mlp_scale = branch_scale[:, i, :, None, None].unbind(1)  # [B,1,1] each
+                tokens = tokens + attn_scale * block.attn(block.norm1(tokens))
+                tokens = tokens + mlp_scale * block.mlp(block.norm2(tokens))
+        return self.layer_norm(tokens)[:, 0]
+
+    def forward(self, img, branch_scale=None):
+        """img [B,3,H,W] -> logits [B,num_classes].
+
+        branch_scale [B,num_layer,2] multiplies the two branches of each block, picture by picture:
+        0 or 1 / (1 - rate) is stochastic depth (drop path, arXiv:1603.09382); None leaves them.
+        """
+        return self.head(self.features(img, branch_scale))

@@ -27,16 +27,17 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.nn.functional import affine_grid, grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import summary
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from model import MAE_ViT
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
 # ------------------------------------------------------------------------------- command line
 
@@ -58,6 +59,8 @@ def say(text):
         return
     try:
         print(text, flush=True)
+    except UnicodeEncodeError:  # a file's name, on a terminal that cannot show it
+        print(text.encode("ascii", "backslashreplace").decode(), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
@@ -110,6 +113,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action) if telling else action.help
 
 
+class OneOrMore(argparse.Action):
+    """For nargs="+": a single value is stored by itself, several as a list."""
+
+    def __call__(self, parser, namespace, values, _):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Answers a wrong flag in one line; the usage of every flag is left to --help."""
 
@@ -153,6 +163,8 @@ def checked(kind, test, wish):
 positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")
 unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
 unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+ratio = checked(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+positive_ratio = checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 open_ratio = checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
 
 
@@ -165,7 +177,7 @@ def add_data_flags(parser):
         help="where cifar10 and cifar100 lie or are put; for folder, the folder of pictures: "
              "train/<class>/... and val/<class>/... or test/<class>/...")
     add("--train_images", type=positive_int, metavar="N",
-        help="train on N of the pictures, spread evenly over the classes (default: on all)")
+        help="use N of the training pictures, spread evenly over the classes (default: all)")
 
 
 def add_training_flags(parser, **defaults):
@@ -471,7 +483,7 @@ def set_learning_rate(optim, epoch, args):
         epoch, args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
     )
     for group in optim.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 
@@ -496,22 +508,31 @@ class Pictures(typing.NamedTuple):
 
 
 def to_float(images):
-    """uint8 pixels -> [-1, 1], as mean 0.5 and std 0.5 do."""
-    return images.float() / 127.5 - 1
+    """uint8 pixels -> [-1, 1], as mean 0.5 and std 0.5 do; what is float already, unchanged."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
+
+
+def warp(img, matrix, mode="bilinear"):
+    """Resample img [b,3,H,W] where matrix [b,2,3] takes each output pixel, in units of [-1, 1].
+
+    0, the middle of the range of pixels, lies outside of the picture.
+    """
+    grid = affine_grid(matrix, img.shape, align_corners=False)
+    return grid_sample(img, grid, mode, align_corners=False)
 
 
 def load_pictures(args, device, need_classes=True):
     """Read args.dataset whole into the device's memory. Raises InputError if it cannot."""
-    pictures = send_pictures(read_pictures(args, need_classes) if rank() == 0 else None)
+    pictures = send_pictures(read_pictures(args, device, need_classes) if rank() == 0 else None)
     tensors = (x.to(device) if isinstance(x, torch.Tensor) else x for x in pictures)
     return Pictures(*tensors)
 
 
-def read_pictures(args, need_classes):
+def read_pictures(args, device, need_classes):
     if args.dataset == "shapes":
         pictures = read_shapes(args.image_size)
     elif args.dataset == "folder":
-        pictures = read_folder(args.data_path, args.image_size, need_classes)
+        pictures = read_folder(args, device, need_classes)
     elif args.image_size == 32:
         pictures = read_cifar(args.dataset, args.data_path)
     else:
@@ -525,11 +546,29 @@ def read_pictures(args, need_classes):
 
 def take_train_images(pictures, n):
     """Keep n training pictures, spread evenly over the classes and over each class."""
-    labels = pictures.train_labels
+    keep = spread(pictures.train_labels, n, "--train_images")
+    return pictures._replace(
+        train_images=pictures.train_images[keep], train_labels=pictures.train_labels[keep]
+    )
+
+
+def spread(labels, n, flag):
+    """The indexes of n of the labels [N], spread evenly over the classes and over each class."""
     if n > len(labels):
-        raise InputError(f"--train_images {n}: there are only {len(labels)} training pictures")
-    keep = labels.argsort(stable=True)[torch.arange(n) * len(labels) // n]
-    return pictures._replace(train_images=pictures.train_images[keep], train_labels=labels[keep])
+        raise InputError(f"{flag} {n}: there are only {len(labels)} training pictures")
+    return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n]
+
+
+def hold_out(pictures, n):
+    """Take n training pictures, spread over the classes, as validation pictures -> Pictures."""
+    held = spread(pictures.train_labels.cpu(), n, "--holdout")
+    rest = torch.ones(len(pictures.train_labels), dtype=torch.bool)
+    rest[held] = False
+    if not rest.any():
+        raise InputError(f"--holdout {n} leaves no picture to train on")
+    images, labels = pictures.train_images, pictures.train_labels
+    held, rest = held.to(images.device), rest.to(images.device)
+    return Pictures(images[rest], labels[rest], images[held], labels[held], pictures.classes)
 
 
 def read_cifar(name, root):
@@ -552,12 +591,13 @@ def read_cifar(name, root):
     return Pictures(train_images, train_labels, val_images, val_labels, train.classes)
 
 
-def read_folder(root, image_size, need_classes):
+def read_folder(args, device, need_classes):
     """Pictures below <root>/train and <root>/val or <root>/test, where each class is a folder.
 
     Without need_classes they may lie anywhere below <root>/train, or below <root> if it has no
     train/; and the first training pictures stand in for a val/ or test/ that is not there.
     """
+    root, size = args.data_path, args.image_size
     here = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     val = next((name for name in here if name != "train"), None)
     if val and "train" not in here:
@@ -568,15 +608,50 @@ def read_folder(root, image_size, need_classes):
             f"{root}/test/<class>/..."
         )
     train_files, classes = list_pictures(root, "train" if "train" in here else "", need_classes)
-    train_images, train_labels = decode(train_files, image_size)
+    if args.train_images:
+        keep = spread(
+            torch.tensor([label for _, label in train_files]), args.train_images, "--train_images"
+        )
+        train_files = [train_files[i] for i in keep]
     if val is None:
+        check_memory(len(train_files), size, device)
+        train_images, train_labels = decode(train_files, size)
         return Pictures(train_images, train_labels, train_images[:16], train_labels[:16], classes)
 
     val_files, val_classes = list_pictures(root, val, need_classes)
     if unknown := set(val_classes) - set(classes):
         raise InputError(f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}")
-    val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
-    return Pictures(train_images, train_labels, *decode(val_files, image_size), classes)
+    number = {name: i for i, name in enumerate(classes)}
+    val_files = [(path, number[val_classes[label]]) for path, label in val_files]
+    check_memory(len(train_files) + len(val_files), size, device)
+    return Pictures(*decode(train_files, size), *decode(val_files, size), classes)
+
+
+def check_memory(n, image_size, device):
+    """Raise InputError if n pictures do not fit into the memory, and say how much they need."""
+    free = [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
+    with contextlib.suppress(OSError), open("/proc/meminfo") as meminfo:
+        free += [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, if it has one
+        with (
+            open("/sys/fs/cgroup/memory.max") as most,
+            open("/sys/fs/cgroup/memory.current") as now,
+        ):
+            free.append(int(most.read()) - int(now.read()))
+    need = n * 3 * image_size**2
+    text = f"{n:,} pictures of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory"
+    if free and need > 0.9 * min(free):
+        raise InputError(
+            f"{text}, of which {min(free) / 1e9:,.1f} GB are free: lower --image_size or "
+            "--train_images"
+        )
+    if need > 1e9:
+        say(text)
+
+
+def find_pictures(path):
+    """A picture, or those of a folder and the folders in it -> [(path, 0), ...]."""
+    return [(path, 0)] if os.path.isfile(path) else list_pictures(path, "", False)[0]
 
 
 def list_pictures(root, part, need_classes):
@@ -588,7 +663,7 @@ def list_pictures(root, part, need_classes):
             return dataset.samples, dataset.classes
         return make_dataset(folder, {"": 0}, IMG_EXTENSIONS), [""]
     except OSError as error:
-        raise InputError(f"--data_path {root}: {error}") from error
+        raise InputError(f"no pictures in {folder}: {error}") from error
 
 
 def decode(files, image_size):
@@ -785,6 +860,36 @@ def png_bytes(picture):
     return buffer.getvalue()
 
 
+def draw_confusion(counts, classes):
+    """Confusion matrix [K,K], a row for each true class -> picture [3,H,W] in [0, 1].
+
+    A cell is the darker, the larger its share of its row; up to 30 classes have names and numbers.
+    """
+    k = len(classes)
+    cell, margin = (44, 110) if k <= 30 else (max(1, 900 // k), 0)
+    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    colour = torch.tensor([[8.0, 48, 107]]) * share[..., None] + 255 * (1 - share[..., None])
+    cells = colour.byte().repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    picture = Image.new("RGB", (margin + k * cell, margin + k * cell), "white")
+    picture.paste(Image.fromarray(cells.numpy()), (margin, margin))
+    if margin:
+        draw = ImageDraw.Draw(picture)
+        names = [name.encode("latin-1", "replace").decode("latin-1")[:16] for name in classes]
+        draw.text((4, 4), "true (rows),\npredicted (columns)", "black")
+        for i, name in enumerate(names):
+            middle = margin + i * cell + cell // 2
+            draw.text((margin - 6, middle), name, "black", anchor="rm")
+            sideways = Image.new("L", (margin, 20))
+            ImageDraw.Draw(sideways).text((6, 10), name, 255, anchor="lm")
+            sideways = sideways.rotate(90, expand=True)
+            picture.paste("black", (middle - 10, 0), sideways)
+            for j in range(k):
+                where = margin + j * cell + cell // 2, middle
+                white = "white" if share[i, j] > 0.5 else "black"
+                draw.text(where, f"{counts[i, j]}", white, anchor="mm")
+    return TF.to_tensor(picture)
+
+
 # --------------------------------------------------------------------------------- model files
 
 
@@ -849,7 +954,7 @@ def read_checkpoint(path):
 
 
 def load_mae(path):
-    """Read pretrained weights -> MAE_ViT, architecture.
+    """Read pretrained weights -> MAE_ViT, architecture, whether it predicts normalised pixels.
 
     From a file of mae_pretrain.py, a bare state_dict of MAE_ViT, or the whole module as the source
     pickles it. A bare state_dict does not tell the number of heads and the mask ratio: they are
@@ -867,34 +972,80 @@ def load_mae(path):
 
 
 def mae_from(content, path):
-    told = {"encoder_head": 3, "decoder_head": 3, "mask_ratio": 0.75}
+    weights, told = weights_from(content, "MAE_ViT", path)
+    told = {"encoder_head": 3, "decoder_head": 3, "mask_ratio": 0.75} | told
+    # The sizes are those of the tensors: what the file says of itself is checked, not trusted.
+    architecture = infer_architecture(weights, path)
+    check_told(architecture, told, path)
+    args = content.get("args", {}) if isinstance(content, dict) else {}
+    model = fill(MAE_ViT, architecture, weights, path)
+    return model, architecture, args.get("norm_pix_loss") is True
+
+
+def load_classifier(path):
+    """Read a classifier -> ViT_Classifier, architecture, names of its classes or None.
+
+    From a file of train_classifier.py or the whole module as the source pickles it. Raises
+    InputError like load_mae.
+    """
+    content = read_checkpoint(path)
+    try:
+        weights, told = weights_from(content, "ViT_Classifier", path)
+        told = {"encoder_head": 3} | told
+        classes = content.get("classes") if isinstance(content, dict) else None
+        # Its parts have the names that they have in MAE_ViT's encoder, but for the prefix.
+        renamed = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+        architecture = infer_architecture(renamed, path)
+        del architecture["decoder_layer"]
+        architecture["num_classes"] = len(weights["head.bias"])
+        check_told(architecture, told, path)
+        return fill(new_classifier, architecture, weights, path), architecture, classes
+    except InputError:
+        raise
+    except Exception as error:  # nothing is known of the values in the file
+        raise InputError(f"{path} does not hold a ViT_Classifier: {error}") from error
+
+
+def new_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
+    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
+    return ViT_Classifier(encoder, num_classes)
+
+
+def weights_from(content, kind, path):
+    """state_dict, what the file tells of sizes: of our files, bare state_dicts, pickled modules."""
+    told = {}
     if isinstance(content, InertModule):
-        weights, told = unpack_module(content, path)
+        weights, told = unpack_module(content, kind, path)
     elif isinstance(content, dict) and "model" in content:
-        if content.get("kind") != "MAE_ViT":
-            raise InputError(f"{path} holds no MAE_ViT but: {str(content.get('kind'))[:40]}")
+        if content.get("kind") != kind:
+            raise InputError(f"{path} holds no {kind} but: {str(content.get('kind'))[:40]}")
         weights, told = content["model"], content["architecture"]
     else:
         weights = content
-    weights = {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {str(name).removeprefix("module."): x for name, x in weights.items()}, told
 
-    # The sizes are those of the tensors: what the file says of itself is checked, not trusted.
-    architecture = infer_architecture(weights, path)
+
+def check_told(architecture, told, path):
+    """Add to the architecture what only the file tells; raise InputError where the two differ."""
     for name, value in told.items():
         if type(value) is not (float if name == "mask_ratio" else int) or value < 0:
             raise InputError(f"{path} gives a {name} that is none")
         if architecture.setdefault(name, value) != value:
             raise InputError(f"{path} gives {name} as {value}, its weights {architecture[name]}")
+
+
+def fill(make, architecture, weights, path):
+    """make(**architecture) with the weights, if they are the right ones."""
     with torch.device("meta"):  # shapes only
-        expected = MAE_ViT(**architecture).state_dict()
+        expected = make(**architecture).state_dict()
     check_weights(weights, expected, path)
-    model = MAE_ViT(**architecture)
+    model = make(**architecture)
     model.load_state_dict(weights)
-    return model, architecture
+    return model
 
 
-def unpack_module(module, path):
-    """A pickled MAE_ViT, or DataParallel of one -> state_dict, what it tells of its sizes."""
+def unpack_module(module, kind, path):
+    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> state_dict, told sizes."""
     weights, seen = {}, set()
 
     def walk(module, prefix):
@@ -908,18 +1059,19 @@ def unpack_module(module, path):
             walk(child, f"{prefix}{name}.")
 
     module = module._modules.get("module", module)
-    if "encoder" not in module._modules:
-        raise InputError(f"{path} holds a module, but not an MAE_ViT")
+    if ("encoder" if kind == "MAE_ViT" else "head") not in module._modules:
+        raise InputError(f"{path} holds a module, but no {kind}")
     walk(module, "")
-    parts = module._modules["encoder"], module._modules["decoder"]
-    blocks = [part._modules["transformer"]._modules["0"]._modules for part in parts]
-    if (eps := blocks[0]["norm1"].eps) != 1e-5:
+    encoder = module._modules.get("encoder", module)
+    block = encoder._modules["transformer"]._modules["0"]._modules
+    if (eps := block["norm1"].eps) != 1e-5:
         say(f"warning: {path} has LayerNorm eps {eps}: with 1e-05, its features differ a little")
-    return weights, {
-        "encoder_head": blocks[0]["attn"].num_heads,
-        "decoder_head": blocks[1]["attn"].num_heads,
-        "mask_ratio": parts[0]._modules["shuffle"].ratio,
-    }
+    told = {"encoder_head": block["attn"].num_heads}
+    if kind == "MAE_ViT":
+        decoder = module._modules["decoder"]._modules["transformer"]._modules["0"]._modules
+        told["decoder_head"] = decoder["attn"].num_heads
+        told["mask_ratio"] = encoder._modules["shuffle"].ratio
+    return weights, told
 
 
 def infer_architecture(weights, path):
@@ -928,7 +1080,7 @@ def infer_architecture(weights, path):
     def shape(name, dimensions):
         tensor = weights.get(name)
         if not is_plain(tensor) or tensor.dim() != dimensions:
-            raise InputError(f"{path} does not hold the weights of an MAE_ViT: no fitting {name}")
+            raise InputError(f"{path} does not hold the weights of this model: no fitting {name}")
         return tensor.shape
 
     def layers(part):
@@ -980,6 +1132,35 @@ def build(module_class, *sizes, **named_sizes):
         return module_class(*sizes, **named_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def to_timm(model):
+    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
+
+    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
+    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
+    """
+    names = {
+        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
+        "layer_norm": "norm",
+    }  # fmt: skip
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        first, *rest = name.split(".")
+        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
+    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
+    num_patches, patch_size = weights["pos_embed"].shape[1], model.patchify.kernel_size[0]
+    return weights, {
+        "img_size": math.isqrt(num_patches) * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": weights["pos_embed"].shape[2],
+        "depth": len(model.transformer),
+        "num_heads": model.transformer[0].attn.num_heads,
+        "num_classes": len(weights["head.bias"]) if "head.bias" in weights else 0,
+        "qkv_bias": False,
+        "no_embed_class": True,
+        "norm_layer": torch.nn.LayerNorm,
+    }
 
 
 # ----------------------------------------------------------------------- curves, sums, progress
@@ -1111,7 +1292,8 @@ class Progress:
 
     def end_update(self, parameters):
         """Raises InputError once it is known that a loss or gradient was not finite."""
-        self.sums[-2] += torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.sums[-2] += torch.nn.utils.get_total_norm(gradients)
         self.sums[-1] += self.sums.isfinite().all()
         self.host.copy_(self.sums, non_blocking=True)  # a GPU is not waited for: it may come late
         pictures, *sums = self.check(self.host.tolist())
@@ -1285,7 +1467,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         try:
             self.optim.load_state_dict(state["optim"])
-            for parameter in self.model.parameters() if state["epoch"] + state["update"] else ():
+            trained = [p for group in self.optim.param_groups for p in group["params"]]
+            for parameter in trained if state["epoch"] + state["update"] else ():
                 expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
                 check_weights(self.optim.state[parameter], expected, self.path)
         except InputError:

@@ -43,7 +43,7 @@ class AlsoHostile:
 def test_whole_module_pickles_of_the_source(wrapped):
     model = tiny()  # the source's classes have the same names, in a module of the same name
     torch.save(torch.nn.DataParallel(model) if wrapped else model, "vit-t-mae.pt")
-    loaded, architecture = utils.load_mae("vit-t-mae.pt")
+    loaded, architecture, _ = utils.load_mae("vit-t-mae.pt")
     same_output(loaded, model)
     assert (architecture["encoder_head"], architecture["decoder_head"]) == (3, 2)
     assert architecture["mask_ratio"] == 0.6
