@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 import zipfile
 import zlib
 
@@ -251,6 +252,8 @@ def processes():
     with contextlib.suppress(OSError, AttributeError):  # Linux: if torchrun dies, SIGTERM for us
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # The gradients of our [1,1,C] tokens have strides of another, equal, meaning.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
     yield
@@ -517,6 +520,8 @@ def warp(img, matrix, mode="bilinear"):
 
     0, the middle of the range of pixels, lies outside of the picture.
     """
+    if len(img) == 0:  # affine_grid refuses it; a process may have no share in a short batch
+        return img
     grid = affine_grid(matrix, img.shape, align_corners=False)
     return grid_sample(img, grid, mode, align_corners=False)
 
@@ -659,19 +664,24 @@ def list_pictures(root, part, need_classes):
     folder = os.path.join(root, part)
     try:
         if need_classes:
-            dataset = torchvision.datasets.ImageFolder(folder)
+            dataset = torchvision.datasets.DatasetFolder(folder, None, EXTENSIONS)
             return dataset.samples, dataset.classes
-        return make_dataset(folder, {"": 0}, IMG_EXTENSIONS), [""]
+        return make_dataset(folder, {"": 0}, EXTENSIONS), [""]
     except OSError as error:
         raise InputError(f"no pictures in {folder}: {error}") from error
+
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 
 
 def decode(files, image_size):
     """[(path, label), ...] -> images uint8 [N,3,S,S], labels [N].
 
-    Each picture is turned upright, resized to S on its shorter side, cropped to its centre, RGB.
+    Each picture is turned upright, resized to S on its shorter side, cropped to its centre, RGB; of
+    an animated one it is the first frame. Raises InputError naming those that cannot be read.
     """
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    broken = []
     for i, (path, _) in enumerate(tqdm(files, "Reading pictures", disable=None, leave=False)):
         try:
             with Image.open(path) as file:
@@ -679,10 +689,17 @@ def decode(files, image_size):
                 if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
                     picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
                 picture = picture.convert("RGB")
-        except Exception as error:  # each of PIL's decoders has errors of its own
-            raise InputError(f"cannot read the picture {path}: {error}") from error
+        except Exception:  # each of PIL's decoders has errors of its own
+            broken.append(path)
+            continue
         picture = TF.center_crop(TF.resize(picture, image_size), image_size)
         images[i] = TF.pil_to_tensor(picture)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise InputError(
+            f"cannot read {len(broken)} of {len(files)} pictures: {', '.join(broken[:5])}{more}; "
+            "mend or remove them"
+        )
     return images, torch.tensor([label for _, label in files])
 
 

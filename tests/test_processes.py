@@ -32,9 +32,10 @@ from model import MAE_ViT
 pytestmark = pytest.mark.usefixtures("empty_folder")
 # 17 pictures an update, of 52: windows of 17, 17, 17 and 1, which three processes cannot all share.
 LAYOUT = "--train_images 52 --batch_size 17 --total_epoch 6 --base_learning_rate 3e-3".split()
+RECIPE = "--augment --drop_path 0.2 --layer_decay 0.8 --train_images 55 --holdout 3".split()
 SCRIPTS = {
-    "mae_pretrain": [*PRETRAIN, *LAYOUT, "--model_path", "model.pth"],
-    "train_classifier": [*CLASSIFY, *LAYOUT, "--output_model_path", "model.pth"],
+    "mae_pretrain": [*PRETRAIN, *LAYOUT, "--augment", "--model_path", "model.pth"],
+    "train_classifier": [*CLASSIFY, *LAYOUT, *RECIPE, "--output_model_path", "model.pth"],
 }
 CURVES = {
     "mae_pretrain": {"mae-pretrain": "mae_loss"},

@@ -1,0 +1,342 @@
+"""What goes past the published recipe: augmentation, fine-tuning settings, evaluation, export."""
+
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import classify, events, pretrain, read, same_weights, scalars
+from PIL import Image
+from torch.nn.functional import cross_entropy
+
+import mae_pretrain
+import train_classifier
+import utils
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def numbers(n, columns, seed=0):
+    return torch.rand(n, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def unchanged(n):
+    """Draws with which distort changes nothing: no shift, no mirror, no operation, no square."""
+    draw = torch.full((n, train_classifier.DISTORT_DRAWS), 0.5)
+    draw[:, 0], draw[:, 4], draw[:, 5] = 0.999, 0.0, 0.999
+    return draw
+
+
+def test_distort_can_leave_a_picture_as_it_is_shift_and_mirror_it():
+    img = utils.to_float(utils.draw_shapes(6, 32, 0)[0])
+    draw = unchanged(6)
+    torch.testing.assert_close(train_classifier.distort(img, draw), img, rtol=0, atol=1e-4)
+    draw[1, 4] = 0.9
+    draw[2, 2] = 1.0
+    draw[3, 3] = 0.0
+    draw[4, 5:] = torch.tensor([0.0, 1.0, 0.5, 0.5])
+    changed = train_classifier.distort(img, draw)
+    torch.testing.assert_close(changed[1], img[1].flip(-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(changed[2, :, :, :-4], img[2, :, :, 4:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(changed[3, :, 4:], img[3, :, :-4], rtol=0, atol=1e-4)
+    erased = (changed[4] == 0).all(0)
+    assert erased.sum() in range(18**2, 20**2 + 1) and erased[16, 16] and not erased[0, 0]
+    torch.testing.assert_close(changed[5], img[5], rtol=0, atol=1e-4)  # each has its own draw
+
+
+def test_every_operation_changes_pictures_and_stays_in_range():
+    img = utils.to_float(utils.draw_shapes(20, 32, 0)[0])
+    for operation in range(train_classifier.OPERATIONS - 1):
+        for level in (0.0, 1.0):
+            draw = unchanged(20)
+            draw[:, 0] = (operation + 0.5) / train_classifier.OPERATIONS
+            draw[:, 1] = level
+            changed = train_classifier.distort(img, draw)
+            assert (changed - img).abs().amax((1, 2, 3)).min() > 0.02, operation
+            assert changed.abs().max() <= 1
+            draw[:, 1] = 0.5  # no strength
+            same = train_classifier.distort(img, draw)
+            torch.testing.assert_close(same, img, rtol=0, atol=1e-4)
+
+
+def test_mixing_tells_the_share_of_each_picture():
+    img, other = torch.ones(400, 3, 32, 32), -torch.ones(400, 3, 32, 32)
+    mixed, share = train_classifier.mix(img, other, numbers(400, 4))
+    torch.testing.assert_close((mixed.mean((1, 2, 3)) + 1) / 2, share)
+    alone, cut = share == 1, (mixed.abs() == 1).all(3).all(2).all(1) & (share < 1)
+    assert 0.4 < alone.float().mean() < 0.6 and 0.15 < cut.float().mean() < 0.35
+    assert share.min() >= 0 and share[~alone].std() > 0.2
+
+
+def test_random_resized_crop_shows_a_part_of_the_picture():
+    axis = torch.linspace(-1, 1, 32)
+    img = torch.stack([axis.expand(32, 32), axis[:, None].expand(32, 32), torch.zeros(32, 32)])
+    draw = numbers(300, 5)
+    crop = mae_pretrain.random_resized_crop(img.expand(300, -1, -1, -1), draw)
+    width, height = crop[:, 0, 16, -1] - crop[:, 0, 16, 0], crop[:, 1, -1, 16] - crop[:, 1, 0, 16]
+    area = (width.abs() * height).sort().values / 4
+    assert 0.15 < area[3] < 0.3 and area[-1] > 0.85
+    assert 0.4 < (width < 0).float().mean() < 0.6 and (height > 0).all()
+    whole = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.0]])
+    same = mae_pretrain.random_resized_crop(img[None], whole)
+    torch.testing.assert_close(same[0], img, rtol=0, atol=1e-3)
+
+
+def test_augmented_runs_do_not_depend_on_the_micro_batch():
+    flags = "--augment --drop_path 0.3 --layer_decay 0.7".split()
+    for size in ("60", "7"):
+        micro = ["--max_device_batch_size", size]
+        classify(*flags, *micro, "--output_model_path", f"cls-{size}.pth")
+        pretrain("--augment", *micro, "--model_path", f"mae-{size}.pth")
+    same_weights("cls-7.pth", "cls-60.pth", tolerance=1e-5)
+    same_weights("mae-7.pth", "mae-60.pth", tolerance=1e-5)
+    classify("--output_model_path", "plain.pth")
+    pretrain("--model_path", "plain-mae.pth")
+    for one, other in (("cls-60", "plain"), ("mae-60", "plain-mae")):
+        with pytest.raises(AssertionError):
+            same_weights(f"{one}.pth", f"{other}.pth", tolerance=1e-5)
+
+
+def test_drop_path_leaves_branches_out_and_keeps_the_mean():
+    scale = train_classifier.branch_scale(4000, 5, 0.4, torch.Generator().manual_seed(0))
+    assert (scale[:, 0] == 1).all()
+    torch.testing.assert_close((scale == 0).float().mean((0, 2)), torch.linspace(0, 0.4, 5),
+        rtol=0, atol=0.02)  # fmt: skip
+    torch.testing.assert_close(scale.mean((0, 2)), torch.ones(5), rtol=0, atol=0.02)
+
+    torch.manual_seed(0)
+    model = ViT_Classifier(MAE_Encoder(32, 8, 24, 3, 3), 10)
+    img = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(model(img, torch.ones(4, 3, 2)), model(img))
+    scale = torch.ones(4, 3, 2)
+    scale[1] = 0  # only this picture loses its branches
+    scaled = model(img, scale)
+    torch.testing.assert_close(scaled[[0, 2, 3]], model(img)[[0, 2, 3]])
+    tokens = model.layer_norm(model.cls_token[0, 0])
+    torch.testing.assert_close(scaled[1], model.head(tokens))
+
+
+def test_layer_decay_by_depth():
+    model = ViT_Classifier(MAE_Encoder(32, 8, 24, 3, 3), 10)
+    groups = train_classifier.parameter_groups(model, 0.5)
+    assert [group["lr_scale"] for group in groups] == [0.0625, 0.125, 0.25, 0.5, 1.0]
+    ids = [{id(p) for p in group["params"]} for group in groups]
+    assert ids[0] == {id(p) for p in (
+        model.cls_token, model.pos_embedding, model.patchify.weight, model.patchify.bias
+    )}  # fmt: skip
+    for i, block in enumerate(model.transformer):
+        assert ids[i + 1] == {id(p) for p in block.parameters()}
+    assert sum(map(len, ids)) == len(list(model.parameters()))
+    optim = torch.optim.AdamW(groups)
+    args = train_classifier.get_args([])
+    lr = utils.set_learning_rate(optim, 10, args)
+    assert [g["lr"] for g in optim.param_groups] == [lr * g["lr_scale"] for g in groups]
+
+
+def test_linear_probe_trains_only_the_head_and_saves_a_plain_classifier():
+    pretrain()
+    flags = ["--pretrained_model_path", "vit-t-mae.pth", "--linear_probe", "--total_epoch", "20"]
+    classify(*flags, "--base_learning_rate", "0.1")
+    pretrained, content = read("vit-t-mae.pth")["model"], read("cls.pth")
+    for name, tensor in content["model"].items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, pretrained[f"encoder.{name}"]), name
+
+    # By hand: the norm's statistics are in the head of the file.
+    model, _, _ = utils.load_classifier("cls.pth")
+    pictures = utils.read_shapes(32)
+    with torch.no_grad():
+        val = model(utils.to_float(pictures.val_images))
+    loss = cross_entropy(val, pictures.val_labels).item()
+    assert content["metrics"]["val"]["loss"] == pytest.approx(loss, rel=1e-4)
+    acc = (val.argmax(-1) == pictures.val_labels).float().mean().item()
+    assert content["metrics"]["val"]["acc"] == pytest.approx(acc)
+    assert os.path.isdir("logs/shapes/probe-cls")
+
+    for other in (["--augment"], ["--drop_path", "0.1"], ["--layer_decay", "0.5"]):
+        with pytest.raises(utils.InputError, match="--linear_probe"):
+            classify(*flags, *other)
+
+
+def test_holdout_chooses_on_training_pictures_and_reports_on_test_pictures(capsys):
+    classify("--holdout", "20", "--total_epoch", "3")
+    out = capsys.readouterr().out
+    assert "40 training, 20 validation" in out
+    content, results = read("cls.pth"), read("cls.state.pth")["results"]
+    model, _, _ = utils.load_classifier("cls.pth")
+    pictures = utils.read_shapes(32)
+    with torch.no_grad():
+        test = model(utils.to_float(pictures.val_images)).argmax(-1) == pictures.val_labels
+    acc = test.float().mean().item()
+    assert results["best"]["test_acc"] == pytest.approx(acc)
+    assert content["metrics"]["val"]["acc"] == results["best"]["acc"] != results["best"]["test_acc"]
+    last = out.splitlines()[-1]
+    for part in ("37 test pictures", f"best epoch {acc:.2%}", "chosen on 20 training pictures"):
+        assert part in last
+    few = utils.take_train_images(pictures, 60)
+    held = utils.hold_out(few, 20)
+    both = torch.cat([held.train_images, held.val_images]).flatten(1)
+    assert {x.numpy().tobytes() for x in both} == {
+        x.numpy().tobytes() for x in few.train_images.flatten(1)
+    }
+    assert held.val_labels.bincount().tolist() == [2] * 10
+    for n in ("60", "61"):
+        with pytest.raises(utils.InputError, match=f"--holdout {n}"):
+            classify("--holdout", n)
+
+
+def evaluate(*flags):
+    train_classifier.main(train_classifier.get_args([*flags, "--device", "cpu"]))
+
+
+def test_eval_shows_accuracy_by_class_and_the_confusion_matrix(capsys):
+    classify()
+    acc = read("cls.pth")["metrics"]["val"]["acc"]
+    capsys.readouterr()
+    evaluate("--eval", "cls.pth", "--dataset", "shapes")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"accuracy on 37 validation pictures: {acc:.2%}" in lines[-1]
+    labels = utils.read_shapes(32).val_labels
+    correct = 0
+    for i, name in enumerate(utils.SHAPES):
+        line = next(line for line in lines if line.startswith(f"{name}: "))
+        n = (labels == i).sum().item()
+        assert line.endswith(f"of {n}")
+        correct += float(line.split()[-3].rstrip("%")) / 100 * n
+    assert correct == pytest.approx(37 * acc, abs=0.01)
+    with Image.open("cls-confusion.png") as picture:
+        assert picture.size == (550, 550)
+    assert scalars("logs/shapes/eval-cls", "cls/acc") == [(0, pytest.approx(acc))]
+    assert len(events("logs/shapes/eval-cls").Images("cls/confusion")) == 1
+
+
+def test_confusion_counts_rows_by_true_class():
+    counts = torch.tensor([[5, 0, 0], [1, 3, 1], [0, 0, 0]])
+    picture = utils.draw_confusion(counts, ["a", "ü", "日本語"])
+    assert picture.shape == (3, 110 + 3 * 44, 110 + 3 * 44)
+    cell = [[picture[0, 110 + 44 * i + 4, 110 + 44 * j + 4] for j in range(3)] for i in range(3)]
+    assert cell[0][0] < cell[1][1] < cell[1][0] == cell[1][2] < cell[0][1] == cell[2][2] == 1
+    large = utils.draw_confusion(torch.eye(2000).long(), [str(i) for i in range(2000)])
+    assert large.shape == (3, 2000, 2000)
+
+
+def test_eval_refuses_what_does_not_fit(tmp_path):
+    classify()
+    pretrain()
+    content = read("cls.pth")
+    content["classes"] = content["classes"][::-1]
+    torch.save(content, "other.pth")
+    for flags, message in [
+        ("vit-t-mae.pth --dataset shapes", "MAE_ViT"),
+        ("nothing.pth --dataset shapes", "nothing.pth"),
+        ("other.pth --dataset shapes", "classes"),
+    ]:
+        with pytest.raises(utils.InputError, match=message):
+            evaluate("--eval", *flags.split())
+    assert not os.path.exists("other-confusion.png")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder"])
+def test_export_to_timm(kind):
+    torch.manual_seed(0)
+    encoder = MAE_Encoder(32, 4, 48, 3, 4)
+    model = ViT_Classifier(encoder, 7)
+    for parameter in model.parameters():  # zeros and ones would hide what is lost
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    weights, arguments = utils.to_timm(model if kind == "classifier" else encoder)
+    vit = timm.create_model("vit_tiny_patch16_224", **arguments)
+    vit.load_state_dict(weights, strict=True)
+    vit.eval()
+    img = torch.rand(5, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = model(img) if kind == "classifier" else model.features(img)
+        torch.testing.assert_close(vit(img), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reconstruct_pictures_at_several_ratios(capsys):
+    pretrain("--norm_pix_loss")
+    os.makedirs("pictures/deep")
+    for i, size in enumerate([(40, 30), (100, 64), (32, 32)]):
+        picture = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(f"pictures/{'deep/' * (i % 2)}{i}.png")
+    show = "--reconstruct pictures --mask_ratio 0.5 0.75 0.9".split()
+    mae_pretrain.main(mae_pretrain.get_args(show))
+    with Image.open("vit-t-mae-reconstructed.png") as picture:
+        scale = picture.width // (7 * 32)
+        assert picture.size == (7 * 32 * scale, 3 * 32 * scale)
+        pixels = np.asarray(picture)[::scale, ::scale].astype(int)
+    for i, hidden in enumerate([8, 12, 15]):  # 1 to 8 of 16 patches of 8x8 stay visible
+        masked = (pixels[:32, 64 * i : 64 * i + 32] - 127.5).__abs__() < 1
+        assert masked.all(-1).sum() >= hidden * 64 and masked.all(-1).sum() < (hidden + 1) * 64
+    assert "3 of 3 pictures" in capsys.readouterr().out
+    mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "pictures/0.png"]))
+    for flags, message in [
+        ("--reconstruct nowhere", "nowhere"),
+        ("--reconstruct pictures --model_path none.pth", "none.pth"),
+        ("--mask_ratio 0.5 0.75", "--reconstruct"),
+        ("--reconstruct pictures --mask_ratio 0.99", "leaves no patch"),
+    ]:
+        with pytest.raises(utils.InputError, match=message):
+            mae_pretrain.main(mae_pretrain.get_args(flags.split()))
+
+
+def strange_folder():
+    """What strangers' folders hold, in two classes with names that are not ASCII."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("Äpfel und Birnen", "猫"):
+            os.makedirs(f"strange/{part}/{name}/deep")
+
+            def save(file, mode="RGB", size=(90, 70), folder=f"strange/{part}/{name}", **options):
+                pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                picture = Image.fromarray(pixels)
+                if mode == "I;16":
+                    picture = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257)
+                elif mode != "RGB":
+                    picture = picture.convert(mode)
+                picture.save(f"{folder}/{file}", **options)
+
+            save("grau.png", "L")
+            save("alpha é.png", "RGBA")
+            save("grey-alpha.png", "LA")
+            save("cmyk.jpg", "CMYK")
+            save("palette.png", "P")
+            save("one-bit.png", "1")
+            save("sixteen.png", "I;16")
+            save("deep/very wide.webp", size=(20, 900))
+            save("tiny.bmp", size=(3, 5))
+            exif = Image.Exif()
+            exif[0x0112] = 6  # turned by 90 degrees
+            save("turned.jpg", exif=exif)
+            frames = [Image.new("RGB", (64, 64), (i * 80, 0, 0)) for i in range(3)]
+            frames[0].save(f"strange/{part}/{name}/moves.gif", save_all=True, append_images=frames)
+            with open(f"strange/{part}/{name}/notes.txt", "w") as file:
+                file.write("no picture")
+
+
+def test_a_strangers_folder(capsys):
+    strange_folder()
+    with open("strange/train/猫/torn.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff\xe0 not much of a picture")
+    folder = "--dataset folder --data_path strange --train_images 20".split()
+    with pytest.raises(utils.InputError, match="1 of 23 pictures: strange/train/猫/torn.jpg"):
+        pretrain("--dataset", "folder", "--data_path", "strange", "--train_images", "23")
+    os.remove("strange/train/猫/torn.jpg")
+    for size, patch in (("64", "8"), ("96", "16"), ("224", "16")):
+        sizes = ["--image_size", size, "--patch_size", patch]
+        pretrain(*folder, *sizes, "--total_epoch", "1")
+        classify(*folder, "--total_epoch", "1", *sizes, "--pretrained_model_path", "vit-t-mae.pth")
+    assert read("cls.pth")["classes"] == ["Äpfel und Birnen", "猫"]
+    evaluate("--eval", "cls.pth", "--dataset", "folder", "--data_path", "strange")
+    assert "猫: " in capsys.readouterr().out
+    with pytest.raises(utils.InputError, match="pictures of 32x32 take .* GB .*--image_size"):
+        utils.check_memory(10**10, 32, torch.device("cpu"))
+
+
+def test_pretrained_file_opens_in_plain_torch():
+    pretrain()
+    file = torch.load("vit-t-mae.pth", weights_only=True)
+    model = MAE_ViT(**file["architecture"])
+    model.load_state_dict(file["model"])
