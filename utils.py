@@ -662,6 +662,8 @@ def find_pictures(path):
 def list_pictures(root, part, need_classes):
     """[(path, label), ...] and the names of the classes, by torchvision's reader."""
     folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise InputError(f"there is no folder {folder}")
     try:
         if need_classes:
             dataset = torchvision.datasets.DatasetFolder(folder, None, EXTENSIONS)

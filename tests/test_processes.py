@@ -21,13 +21,15 @@ from conftest import (
     same_weights,
     scalars,
 )
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import mae_pretrain
+import model
 import train_classifier
 import utils
-from model import MAE_ViT
+from model import MAE_ViT, ViT_Classifier
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 # 17 pictures an update, of 52: windows of 17, 17, 17 and 1, which three processes cannot all share.
@@ -312,3 +314,45 @@ def test_data_parallel_replicas(precision):
         assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] * calls
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_gpu_update_mixes_no_devices_and_waits_for_nothing(script, monkeypatch):
+    """Tensors that have a device and a shape, but no memory, stand in for those of a GPU.
+
+    They raise where the host asks for a value, as it then would have to wait for the GPU, and where
+    tensors of two devices meet. The backward pass is left out: it needs a real GPU.
+    """
+    monkeypatch.setattr(model, "trunc_normal_", lambda *_, **__: None)  # asks for values
+    monkeypatch.setattr(utils, "to_device", lambda tensor, device: tensor.to(device))
+    names = ["loss"] if script == "mae_pretrain" else ["loss", "acc"]
+    progress = utils.Progress(torch.device("cpu"), names)
+    with FakeTensorMode():
+        cuda, batch = torch.device("cuda"), torch.randperm(60)[:25]
+        with cuda:
+            images = torch.empty(60, 3, 32, 32, dtype=torch.uint8)
+            labels = torch.empty(60, dtype=torch.int64)
+            mae = MAE_ViT(32, 8, 24, 2, 3, 1, 3)
+            classifier = ViT_Classifier(mae.encoder)
+            progress.sums = torch.empty(len(names) + 3, dtype=torch.float64)
+        if script == "mae_pretrain":
+            module = mae_pretrain.MAELoss(mae, 8, norm_pix_loss=True)
+            inputs, more = (images, batch, torch.rand(25, 16)), ([torch.rand(25, 5)],)
+            train_batch = mae_pretrain.train_batch
+        else:
+            module = classifier
+            drop = train_classifier.branch_scale(25, 2, 0.1, None)
+            inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), (drop,))
+            train_batch = train_classifier.train_batch
+        net, optim = utils.Net(module, cuda, "fp32"), torch.optim.AdamW(module.parameters())
+
+        def backward(loss):
+            assert loss.device.type == "cuda" and loss.requires_grad
+            for parameter in module.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        train_batch(net, optim, *inputs, 7, progress, *more)
+        assert {p.device.type for p in module.parameters()} == {"cuda"}
+        with pytest.raises(DataDependentOutputException):
+            progress.sums.tolist()
