@@ -188,6 +188,21 @@ def branch_scale(n, num_layer, rate, rng):
     return (torch.rand(n, num_layer, 2, generator=rng) >= probability) / (1 - probability)
 
 
+def draw_recipe(args, batch, num_layer, epoch, update):
+    """What --augment and --drop_path draw for a batch, as train_batch takes it.
+
+    Like the order, a function of the seed, the epoch and the update, whoever computes which part.
+    """
+    rng = utils.generator("augment", args.seed, epoch, update)
+    n, augment, drop = len(batch), (), ()
+    if args.augment:
+        partners = batch[torch.randperm(n, generator=rng)]
+        augment = partners, torch.rand(n, 2 * DISTORT_DRAWS + MIX_DRAWS, generator=rng)
+    if args.drop_path:
+        drop = (branch_scale(n, num_layer, args.drop_path, rng),)
+    return augment, drop
+
+
 def train_batch(net, optim, images, labels, batch, part_size, progress, augment=(), drop=()):
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
 
@@ -218,26 +233,23 @@ def train_batch(net, optim, images, labels, batch, part_size, progress, augment=
 
 
 @torch.no_grad()
-def confusion(net, images, labels, part_size, num_classes):
-    """How often pictures of class i were taken for class j -> counts [i,j], mean loss.
-
-    Exact however the pictures are split into parts and over processes.
-    """
-    counts = torch.zeros(num_classes**2 + 1, dtype=torch.float64, device=images.device)
-    parts = (utils.share(x).split(part_size) for x in (images, labels))
-    for img, label in zip(*parts, strict=True):
+def predict(net, images, labels, part_size):
+    """This process's share of the images -> its summed loss, classes predicted [n], true [n]."""
+    loss, predicted = torch.zeros((), dtype=torch.float64, device=images.device), []
+    images, labels = utils.share(images), utils.share(labels)
+    for img, label in zip(images.split(part_size), labels.split(part_size), strict=True):
         logits = net(utils.to_float(img)).float()  # [b,num_classes]
-        counts[-1] += cross_entropy(logits, label, reduction="sum")
-        pairs = label * num_classes + logits.argmax(-1)
-        counts[:-1] += pairs.bincount(minlength=num_classes**2)
-    counts = utils.sum_over_processes(counts).cpu()
-    return counts[:-1].view(num_classes, num_classes).long(), counts[-1].item() / len(images)
+        loss += cross_entropy(logits, label, reduction="sum")
+        predicted.append(logits.argmax(-1))
+    return loss, torch.cat(predicted), labels
 
 
-def evaluate(net, images, labels, part_size, num_classes):
-    """Mean loss and accuracy over all images."""
-    counts, loss = confusion(net, images, labels, part_size, num_classes)
-    return {"loss": loss, "acc": counts.trace().item() / len(images)}
+def evaluate(net, images, labels, part_size):
+    """Mean loss and accuracy, exact however the images are split into parts and over processes."""
+    loss, predicted, true = predict(net, images, labels, part_size)
+    sums = torch.stack([loss, (predicted == true).sum()])
+    loss, acc = (utils.sum_over_processes(sums) / len(images)).tolist()
+    return {"loss": loss, "acc": acc}
 
 
 @torch.no_grad()
@@ -286,12 +298,13 @@ def show(args):
         )
     part_size = utils.choose_part_size(args, device)
     net, _ = utils.place(model.eval(), device, args, part_size, 0)
-    images, labels = pictures.val_images, pictures.val_labels
-    counts, loss = confusion(net, images, labels, part_size, len(pictures.classes))
-    acc, picture = (
-        counts.trace().item() / len(images),
-        utils.draw_confusion(counts, pictures.classes),
-    )
+    images, k = pictures.val_images, len(pictures.classes)
+    loss, predicted, true = predict(net, images, pictures.val_labels, part_size)
+    counts = (true * k + predicted).cpu().bincount(minlength=k * k)  # [i * k + j]: i taken for j
+    counts = utils.sum_over_processes(counts).view(k, k)
+    loss = utils.sum_over_processes(loss).item() / len(images)
+    acc = counts.trace().item() / len(images)
+    picture = utils.draw_confusion(counts, pictures.classes)
     for i, name in enumerate(pictures.classes):
         n = counts[i].sum().item()
         utils.say(f"{name}: {counts[i, i] / max(n, 1):.2%} of {n:,}")
@@ -323,16 +336,15 @@ def main(args):
     test_images, test_labels = pictures.val_images, pictures.val_labels
     if args.holdout:
         pictures = utils.hold_out(pictures, args.holdout)
-    num_classes = architecture["num_classes"] = len(pictures.classes)
-    model = ViT_Classifier(encoder, num_classes)
+    architecture["num_classes"] = len(pictures.classes)
+    model = ViT_Classifier(encoder, len(pictures.classes))
     images, labels = pictures.train_images, pictures.train_labels
     val_images, val_labels = pictures.val_images, pictures.val_labels
     part_size = utils.choose_part_size(args, device)
     pictures_seen = args.total_epoch * len(images)
-    groups, name = parameter_groups(model, args.layer_decay), "scratch-cls"
+    name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
+    groups = parameter_groups(model, args.layer_decay)
     net, chosen = utils.place(model, device, args, part_size, pictures_seen)
-    if args.pretrained_model_path:
-        name = "pretrain-cls"
     if args.linear_probe:
         name, groups = "probe-cls", model.head.parameters()
         norm, (images, val_images, test_images) = encode(
@@ -352,19 +364,12 @@ def main(args):
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
         with run.progress(device, ["loss", "acc"], lr, len(images)) as progress:
             for update, batch in run.updates(order.split(args.batch_size)):
-                # Like the order, a function of the seed, the epoch and the update.
-                rng = utils.generator("augment", args.seed, epoch, update)
-                n, augment, drop = len(batch), (), ()
-                if args.augment:
-                    partner = batch[torch.randperm(n, generator=rng)]
-                    augment = partner, torch.rand(n, 2 * DISTORT_DRAWS + MIX_DRAWS, generator=rng)
-                if args.drop_path:
-                    drop = (branch_scale(n, len(model.transformer), args.drop_path, rng),)
-                train_batch(net, optim, images, labels, batch, part_size, progress, augment, drop)
+                drawn = draw_recipe(args, batch, len(model.transformer), epoch, update)
+                train_batch(net, optim, images, labels, batch, part_size, progress, *drawn)
         train = progress.mean()
 
         model.eval()
-        val = evaluate(net, val_images, val_labels, part_size, num_classes)
+        val = evaluate(net, val_images, val_labels, part_size)
         run.curves.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
         run.curves.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
         run.curves.add_scalar("lr", lr, epoch)
@@ -377,7 +382,7 @@ def main(args):
         best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
         results = {"epoch": epoch + 1, **val}
         if args.holdout and (best or epoch + 1 == args.total_epoch):
-            test = evaluate(net, test_images, test_labels, part_size, num_classes)
+            test = evaluate(net, test_images, test_labels, part_size)
             results |= {f"test_{k}": v for k, v in test.items()}
         run.results["last"] = results
         if best:
@@ -390,20 +395,23 @@ def main(args):
         if run.end_epoch():
             run.save()
     run.close()
-    best, last = run.results["best"], run.results["last"]
-    if args.holdout:
-        utils.say(
-            f"accuracy on {len(test_images):,} test pictures: best epoch {best['test_acc']:.2%} "
-            f"(epoch {best['epoch']}, chosen on {args.holdout:,} training pictures held out, with "
-            f"{best['acc']:.2%}), last {last['test_acc']:.2%}; "
-            f"model of the best epoch: {args.output_model_path}"
+    utils.say(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
+
+
+def report(args, results, num_test):
+    """The accuracies of a run, each named by the pictures on which its epoch was chosen."""
+    best, last = results["best"], results["last"]
+    if not args.holdout:
+        return (
+            f"accuracy on {num_test:,} validation pictures: best {best['acc']:.2%} (epoch "
+            f"{best['epoch']}, chosen on these pictures), last {last['acc']:.2%}; "
+            "model of the best epoch"
         )
-    else:
-        utils.say(
-            f"accuracy on {len(val_images):,} validation pictures: best {best['acc']:.2%} "
-            f"(epoch {best['epoch']}, chosen on these pictures), last {last['acc']:.2%}; "
-            f"model of the best epoch: {args.output_model_path}"
-        )
+    return (
+        f"accuracy on {num_test:,} test pictures: best epoch {best['test_acc']:.2%} (epoch "
+        f"{best['epoch']}, chosen on {args.holdout:,} training pictures held out, on those "
+        f"{best['acc']:.2%}), last {last['test_acc']:.2%}; model of the best epoch"
+    )
 
 
 if __name__ == "__main__":

@@ -504,10 +504,14 @@ class Pictures(typing.NamedTuple):
 
     def fingerprint(self):
         """A number by which a resumed run knows its pictures again."""
-        crc = 0
-        for tensor in self[:4]:
-            crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
-        return crc
+        return checksum(*self[:4])
+
+
+def checksum(*tensors):
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
+    return crc
 
 
 def to_float(images):
@@ -661,7 +665,7 @@ def find_pictures(path):
 
 def list_pictures(root, part, need_classes):
     """[(path, label), ...] and the names of the classes, by torchvision's reader."""
-    folder = os.path.join(root, part)
+    folder = os.path.join(root, part) if part else root
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}")
     try:
@@ -1014,7 +1018,7 @@ def load_classifier(path):
         classes = content.get("classes") if isinstance(content, dict) else None
         # Its parts have the names that they have in MAE_ViT's encoder, but for the prefix.
         renamed = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-        architecture = infer_architecture(renamed, path)
+        architecture = infer_architecture(renamed, path, "ViT_Classifier")
         del architecture["decoder_layer"]
         architecture["num_classes"] = len(weights["head.bias"])
         check_told(architecture, told, path)
@@ -1079,7 +1083,7 @@ def unpack_module(module, kind, path):
 
     module = module._modules.get("module", module)
     if ("encoder" if kind == "MAE_ViT" else "head") not in module._modules:
-        raise InputError(f"{path} holds a module, but no {kind}")
+        raise InputError(f"{path} holds a module, but not {kind}")
     walk(module, "")
     encoder = module._modules.get("encoder", module)
     block = encoder._modules["transformer"]._modules["0"]._modules
@@ -1093,13 +1097,13 @@ def unpack_module(module, kind, path):
     return weights, told
 
 
-def infer_architecture(weights, path):
+def infer_architecture(weights, path, kind="MAE_ViT"):
     """The sizes of MAE_ViT that shapes and names tell."""
 
     def shape(name, dimensions):
         tensor = weights.get(name)
         if not is_plain(tensor) or tensor.dim() != dimensions:
-            raise InputError(f"{path} does not hold the weights of this model: no fitting {name}")
+            raise InputError(f"{path} does not hold the weights of {kind}: no fitting {name}")
         return tensor.shape
 
     def layers(part):
@@ -1476,8 +1480,9 @@ class Run:
         else:
             self.curves = Curves(None)
         same = {f"--{k}": v for k, v in vars(args).items() if k not in LAYOUT}
-        weights = sum(p.detach().double().sum().item() for p in model.parameters())
-        check_alike(**same, epoch=self.epoch, update=self.update, weights=weights)
+        check_alike(
+            **same, epoch=self.epoch, update=self.update, weights=checksum(*model.parameters())
+        )
 
     def restore(self, state):
         if state["pictures"] != self.fingerprint:

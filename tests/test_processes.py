@@ -173,7 +173,7 @@ def test_an_error_of_the_first_process_ends_the_others():
     begin = time.monotonic()
     flags = [*SCRIPTS["mae_pretrain"], "--dataset", "folder", "--data_path", "nowhere"]
     assert train("mae_pretrain", flags, "a", 2) == [1, 1]
-    assert output("a").startswith("error in process 0: --data_path nowhere")
+    assert output("a").startswith("error in process 0: there is no folder nowhere")
     assert len(output("a").splitlines()) == 1
     assert output("a", 1).splitlines()[-1].startswith("error in process 1: another process")
     assert time.monotonic() - begin < 30
