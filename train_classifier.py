@@ -58,8 +58,10 @@ def get_args(argv=None):
     add("--encoder_layer", type=utils.positive_int, help="(default: 12)")
     add("--encoder_head", type=utils.positive_int, help="(default: 3)")
     add = parser.add_argument_group("recipe").add_argument
-    add("--augment", action="store_true",
-        help="shift, mirror and distort the pictures, erase parts, mix two, smooth the labels")
+    add("--augment", type=utils.ratio_or_one, nargs="?", const=1.0, metavar="STRENGTH",
+        help="shift, mirror and distort the pictures, erase parts, mix two, smooth the labels; a "
+             "strength of 0, for short runs, only shifts and mirrors (default: no augmentation; "
+             "--augment alone: 1)")
     add("--layer_decay", type=utils.positive_ratio, default=1.0, metavar="RATE",
         help="each block learns at RATE times the rate of the block above it (paper: 0.75)")
     add("--drop_path", type=utils.ratio, default=0.0, metavar="RATE",
@@ -121,10 +123,11 @@ def parameter_groups(model, layer_decay):
     return groups
 
 
-# --augment draws these numbers for each picture and for the one it may be mixed with.
-OPERATIONS = 9
+# --augment draws for each picture 9 numbers to distort it, as many to distort the one that it may
+# be mixed with, and 4 to mix them; among them levels and, to be below ERASE and MIX, chances.
+OPERATIONS, ERASE, MIX, SMOOTHING = 9, 0.25, 0.5, 0.1
 DISTORT_DRAWS, MIX_DRAWS = 9, 4
-ERASE, MIX, SMOOTHING = 0.25, 0.5, 0.1
+LEVELS, CHANCES = [1, 10], [5, 14, 18]
 
 
 def distort(img, draw):
@@ -194,16 +197,21 @@ def draw_recipe(args, batch, num_layer, epoch, update):
     Like the order, a function of the seed, the epoch and the update, whoever computes which part.
     """
     rng = utils.generator("augment", args.seed, epoch, update)
-    n, augment, drop = len(batch), (), ()
-    if args.augment:
+    n, recipe = len(batch), {}
+    if args.augment is not None:
         partners = batch[torch.randperm(n, generator=rng)]
-        augment = partners, torch.rand(n, 2 * DISTORT_DRAWS + MIX_DRAWS, generator=rng)
+        draw = torch.rand(n, 2 * DISTORT_DRAWS + MIX_DRAWS, generator=rng)
+        draw[:, LEVELS] = 0.5 + (draw[:, LEVELS] - 0.5) * args.augment  # nearer to no change
+        draw[:, CHANCES] /= args.augment  # less often small enough
+        recipe = {"augment": (partners, draw), "smoothing": SMOOTHING * args.augment}
     if args.drop_path:
-        drop = (branch_scale(n, num_layer, args.drop_path, rng),)
-    return augment, drop
+        recipe["drop"] = (branch_scale(n, num_layer, args.drop_path, rng),)
+    return recipe
 
 
-def train_batch(net, optim, images, labels, batch, part_size, progress, augment=(), drop=()):
+def train_batch(
+    net, optim, images, labels, batch, part_size, progress, augment=(), smoothing=0.0, drop=()
+):
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
 
     augment is empty or (partners [N], indexes of the pictures to mix with; random numbers
@@ -211,7 +219,6 @@ def train_batch(net, optim, images, labels, batch, part_size, progress, augment=
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
-    smoothing = SMOOTHING if augment else 0.0
     parts = utils.micro_batches(net, part_size, images.device, batch, *augment, *drop)
     for index, *drawn in parts:
         img, label = utils.to_float(images[index]), labels[index]
@@ -321,7 +328,7 @@ def show(args):
 def main(args):
     if args.eval:
         return show(args)
-    if args.linear_probe and (args.augment or args.drop_path or args.layer_decay != 1):
+    if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
         raise utils.InputError(
             "--linear_probe trains on features that are computed once: leave out --augment, "
             "--drop_path and --layer_decay"
@@ -364,8 +371,8 @@ def main(args):
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
         with run.progress(device, ["loss", "acc"], lr, len(images)) as progress:
             for update, batch in run.updates(order.split(args.batch_size)):
-                drawn = draw_recipe(args, batch, len(model.transformer), epoch, update)
-                train_batch(net, optim, images, labels, batch, part_size, progress, *drawn)
+                recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
+                train_batch(net, optim, images, labels, batch, part_size, progress, **recipe)
         train = progress.mean()
 
         model.eval()

@@ -165,6 +165,7 @@ positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 
 unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
 unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 ratio = checked(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+ratio_or_one = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 positive_ratio = checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 open_ratio = checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
 

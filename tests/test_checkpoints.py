@@ -58,7 +58,7 @@ def test_state_dicts(wrapped):
 
 def test_pickled_classifier_is_no_pretrained_model():
     torch.save(ViT_Classifier(MAE_Encoder(32, 8, 24, 1)), "classifier.pth")
-    with pytest.raises(utils.InputError, match="not an MAE_ViT"):
+    with pytest.raises(utils.InputError, match="not MAE_ViT"):
         utils.load_mae("classifier.pth")
 
 

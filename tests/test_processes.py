@@ -342,7 +342,7 @@ def test_a_gpu_update_mixes_no_devices_and_waits_for_nothing(script, monkeypatch
         else:
             module = classifier
             drop = train_classifier.branch_scale(25, 2, 0.1, None)
-            inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), (drop,))
+            inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), 0.1, (drop,))
             train_batch = train_classifier.train_batch
         net, optim = utils.Net(module, cuda, "fp32"), torch.optim.AdamW(module.parameters())
 

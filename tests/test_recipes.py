@@ -70,6 +70,27 @@ def test_mixing_tells_the_share_of_each_picture():
     assert share.min() >= 0 and share[~alone].std() > 0.2
 
 
+def test_strength_scales_all_but_shift_and_mirror():
+    img = utils.to_float(utils.draw_shapes(200, 32, 0)[0])
+    batch, changed = torch.arange(200), []
+    for strength in ("0", "0.5", "1"):
+        args = train_classifier.get_args(["--augment", strength])
+        recipe = train_classifier.draw_recipe(args, batch, 3, 0, 0)
+        draw = recipe["augment"][1].split([9, 9, 4], dim=1)
+        moved = draw[0].clone()
+        moved[:, 0], moved[:, 5] = 0.999, 1.0
+        plain = train_classifier.distort(img, moved)  # shifted and mirrored, nothing else
+        out = train_classifier.distort(img, draw[0])
+        mixed, share = train_classifier.mix(out, out.roll(1, 0), draw[2])
+        changed.append(((out - plain).abs().mean().item(), (share < 1).float().mean().item()))
+        assert recipe["smoothing"] == pytest.approx(0.1 * float(strength))
+    assert changed[0] == (pytest.approx(0, abs=1e-5), 0.0)
+    assert changed[0][0] < changed[1][0] < changed[2][0]
+    assert 0.15 < changed[1][1] < 0.35 and 0.4 < changed[2][1] < 0.6
+    assert train_classifier.get_args(["--augment"]).augment == 1.0
+    assert train_classifier.get_args([]).augment is None
+
+
 def test_random_resized_crop_shows_a_part_of_the_picture():
     axis = torch.linspace(-1, 1, 32)
     img = torch.stack([axis.expand(32, 32), axis[:, None].expand(32, 32), torch.zeros(32, 32)])
