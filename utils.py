@@ -78,7 +78,7 @@ def one_line_errors():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             fail("there is not enough memory for this model or these pictures")
-        if world_size() > 1 and LOST.search(f"{type(error).__name__} {error}"):
+        if several_processes() and LOST.search(f"{type(error).__name__} {error}"):
             fail(f"another process has failed or cannot be reached ({one_line(error)[:100]})")
         raise
     except KeyboardInterrupt:  # before training, which has a handler of its own
@@ -212,8 +212,8 @@ def add_output_flags(parser, model_flag, default, name):
 def add_device_flags(parser, **defaults):
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
-        help="pictures in one forward and backward pass; the gradients of a larger batch are "
-             "accumulated over several passes: the result does not depend on it")
+        help="pictures on one device in one forward and backward pass; the gradients of a larger "
+             "batch are accumulated over several passes: the result does not depend on it")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: cuda where there is a GPU")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -239,6 +239,12 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def several_processes():
+    """Whether torchrun, by the environment, has started several processes."""
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return told <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
+
+
 @contextlib.contextmanager
 def processes():
     """Join the other processes of the run, if torchrun has started several.
@@ -246,8 +252,7 @@ def processes():
     What is on a GPU travels by NCCL, all else by gloo. Process 0 reads the pictures, and alone
     writes: model, state, curves, messages.
     """
-    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not told or os.environ["WORLD_SIZE"] == "1":
+    if not several_processes():
         yield
         return
     with contextlib.suppress(OSError, AttributeError):  # Linux: if torchrun dies, SIGTERM for us
