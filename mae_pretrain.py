@@ -143,7 +143,7 @@ def show(args):
         columns += fill_in(model, img, noise, architecture["patch_size"], norm_pix_loss)
     grid = torch.stack([*columns, img])  # [2 * ratios + 1,B,3,H,W]
     grid = (rearrange(grid, "v b c h w -> c (b h) (v w)") + 1) / 2
-    utils.write_file(path, utils.png_bytes(grid.clamp(0, 1)))
+    utils.write_picture(path, grid.clamp(0, 1))
     utils.say(f"{len(img)} of {len(files)} pictures, masked and reconstructed: {path}")
 
 
@@ -158,7 +158,7 @@ def random_resized_crop(img, draw):
     x, y = (2 * draw[:, 2] - 1) * (1 - width), (2 * draw[:, 3] - 1) * (1 - height)
     mirror, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
     rows = torch.stack([mirror * width, zero, x]), torch.stack([zero, height, y])
-    return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic").clamp(-1, 1)
+    return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic", "border").clamp(-1, 1)
 
 
 def train_batch(net, optim, images, batch, noise, part_size, progress, crop=()):
@@ -220,7 +220,7 @@ def main(args):
     shown_noise = torch.rand(n, num_patches, generator=utils.generator("shown", args.seed))
     shown_noise = shown_noise.to(device)
 
-    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures)
+    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures.fingerprint())
     utils.describe_run(args, chosen, model, pictures, run.curves.folder)
 
     for epoch in run.epochs():

@@ -267,6 +267,7 @@ def encode(model, precision, part_size, train_images, *others):
     "Linear probing"), its statistics those of all training pictures rather than of each batch.
     """
     net = utils.Net(model.features, train_images.device, precision)
+    part_size = math.ceil(part_size / max(1, utils.count_gpus(train_images.device)))  # on one
     train, *rest = (
         torch.cat([net(utils.to_float(part)).float() for part in images.split(part_size)])
         for images in (train_images, *others)
@@ -294,7 +295,7 @@ def show(args):
     png_path = os.path.splitext(args.eval)[0] + "-confusion.png"
     model, architecture, classes = utils.load_classifier(args.eval)
     utils.check_outputs(png_path)
-    args.image_size = architecture["image_size"]
+    args.image_size, args.train_images = architecture["image_size"], 1  # those are not needed
     pictures = utils.load_pictures(args, device)
     if (classes or pictures.classes) != pictures.classes or (
         len(pictures.classes) != architecture["num_classes"]
@@ -315,14 +316,14 @@ def show(args):
     for i, name in enumerate(pictures.classes):
         n = counts[i].sum().item()
         utils.say(f"{name}: {counts[i, i] / max(n, 1):.2%} of {n:,}")
+    utils.say(f"accuracy on {len(images):,} validation pictures: {acc:.2%}, loss {loss:.4f}")
     if utils.rank() == 0:
-        utils.write_file(png_path, utils.png_bytes(picture))
+        utils.write_picture(png_path, picture)
         curves = utils.Curves(utils.new_run_folder(args.log_dir, args.dataset, "eval-cls"))
         curves.add_scalar("cls/acc", acc, 0)
         curves.add_image("cls/confusion", picture, 0)
         curves.flush()
         utils.say(f"confusion matrix: {png_path}, curves: {curves.folder}")
-    utils.say(f"accuracy on {len(images):,} validation pictures: {acc:.2%}, loss {loss:.4f}")
 
 
 def main(args):
@@ -340,6 +341,7 @@ def main(args):
 
     encoder, architecture = get_encoder(args)
     pictures = utils.load_pictures(args, device)
+    fingerprint = pictures.fingerprint()
     test_images, test_labels = pictures.val_images, pictures.val_labels
     if args.holdout:
         pictures = utils.hold_out(pictures, args.holdout)
@@ -354,16 +356,17 @@ def main(args):
     net, chosen = utils.place(model, device, args, part_size, pictures_seen)
     if args.linear_probe:
         name, groups = "probe-cls", model.head.parameters()
-        norm, (images, val_images, test_images) = encode(
-            model, chosen["precision"], part_size, images, val_images, test_images
-        )
         net, chosen = utils.place(model.head, device, args, part_size, pictures_seen)
     optim = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
 
-    run = utils.Run(args, name, args.output_model_path, model, optim, pictures)
+    run = utils.Run(args, name, args.output_model_path, model, optim, fingerprint)
     utils.describe_run(args, chosen, model, pictures, run.curves.folder)
+    if args.linear_probe:  # now, as a resumed run has the encoder from its state
+        norm, (images, val_images, test_images) = encode(
+            model, chosen["precision"], part_size, images, val_images, test_images
+        )
 
     for epoch in run.epochs():
         lr = utils.set_learning_rate(optim, epoch, args)

@@ -31,7 +31,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import summary
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -79,7 +79,7 @@ def one_line_errors():
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             fail("there is not enough memory for this model or these pictures")
         if several_processes() and LOST.search(f"{type(error).__name__} {error}"):
-            fail(f"another process has failed or cannot be reached ({one_line(error)[:100]})")
+            fail(f"another process has failed or cannot be reached: {one_line(error)}")
         raise
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
@@ -384,6 +384,8 @@ class Net(torch.nn.Module):
             return self.module(*inputs)
 
     def forward(self, *inputs):
+        if len(inputs[0]) == 0:  # a process without a share; not every attention takes no picture
+            return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
         run = self.compiled if len(inputs[0]) == self.compiled_size else self.run
         return run(*inputs)
 
@@ -525,15 +527,17 @@ def to_float(images):
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
-def warp(img, matrix, mode="bilinear"):
+def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
     """Resample img [b,3,H,W] where matrix [b,2,3] takes each output pixel, in units of [-1, 1].
 
-    0, the middle of the range of pixels, lies outside of the picture.
+    By default 0, the middle of the range of pixels, lies outside of the picture.
     """
-    if len(img) == 0:  # affine_grid refuses it; a process may have no share in a short batch
+    if len(img) == 0:  # grid_sample refuses it; a process may have no share in a short batch
         return img
-    grid = affine_grid(matrix, img.shape, align_corners=False)
-    return grid_sample(img, grid, mode, align_corners=False)
+    y, x = ((torch.arange(n, device=img.device) * 2 + 1) / n - 1 for n in img.shape[2:])
+    a, b, c = matrix[:, None, None].unbind(-1)  # [b,1,1,2]; not affine_grid, whose TF32 is coarse
+    grid = a * x[:, None] + b * y[:, None, None] + c  # [b,H,W,2]
+    return grid_sample(img, grid, mode, padding_mode, align_corners=False)
 
 
 def load_pictures(args, device, need_classes=True):
@@ -653,7 +657,10 @@ def check_memory(n, image_size, device):
             open("/sys/fs/cgroup/memory.current") as now,
         ):
             free.append(int(most.read()) - int(now.read()))
-    need = n * 3 * image_size**2
+        with open("/sys/fs/cgroup/memory.stat") as stat:  # files kept in memory while there is room
+            free[-1] += sum(int(x.split()[1]) for x in stat if x.startswith("inactive_file"))
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+    need = n * 3 * image_size**2 * local  # a copy for each process
     text = f"{n:,} pictures of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory"
     if free and need > 0.9 * min(free):
         raise InputError(
@@ -850,6 +857,14 @@ def write_file(path, content):
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def write_picture(path, picture):
+    """Write a picture [3,H,W] in [0, 1] as PNG. Raises InputError if that fails."""
+    try:
+        write_file(path, png_bytes(picture))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 class Files:
@@ -1471,11 +1486,11 @@ class Run:
     update (see `generator`): weights, optimizer, two counters, the sums of the epoch in hand.
     """
 
-    def __init__(self, args, name, model_path, model, optim, pictures):
+    def __init__(self, args, name, model_path, model, optim, fingerprint):
         self.args, self.model, self.optim = args, model, optim
         self.model_path, self.path = model_path, state_path(model_path)
         self.files, self.stop, self.told = Files(), StopSignal(), 0
-        self.fingerprint = pictures.fingerprint()
+        self.fingerprint = fingerprint
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
         if args.resume:

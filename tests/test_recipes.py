@@ -181,6 +181,28 @@ def test_linear_probe_trains_only_the_head_and_saves_a_plain_classifier():
             classify(*flags, *other)
 
 
+def test_stopped_linear_probe_goes_on_with_the_pretrained_features(monkeypatch):
+    pretrain()
+    flags = ["--pretrained_model_path", "vit-t-mae.pth", "--linear_probe", "--total_epoch", "4"]
+    flags += ["--base_learning_rate", "0.1"]
+    classify(*flags, "--output_model_path", "whole.pth")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(utils.Run, "end_epoch", stopped_after_an_epoch(utils.Run.end_epoch))
+        classify(*flags)
+    classify(*flags, "--resume")
+    results = [read(f"{name}.state.pth")["results"] for name in ("whole", "cls")]
+    assert results[0] == results[1]
+    same_weights("cls.pth", "whole.pth")
+
+
+def stopped_after_an_epoch(end_epoch):
+    def stopping(self):
+        self.stop.number = 15
+        return end_epoch(self)
+
+    return stopping
+
+
 def test_holdout_chooses_on_training_pictures_and_reports_on_test_pictures(capsys):
     classify("--holdout", "20", "--total_epoch", "3")
     out = capsys.readouterr().out
@@ -218,7 +240,7 @@ def test_eval_shows_accuracy_by_class_and_the_confusion_matrix(capsys):
     capsys.readouterr()
     evaluate("--eval", "cls.pth", "--dataset", "shapes")
     lines = capsys.readouterr().out.splitlines()
-    assert f"accuracy on 37 validation pictures: {acc:.2%}" in lines[-1]
+    assert f"accuracy on 37 validation pictures: {acc:.2%}" in lines[-2]
     labels = utils.read_shapes(32).val_labels
     correct = 0
     for i, name in enumerate(utils.SHAPES):
