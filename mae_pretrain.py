@@ -1,15 +1,17 @@
-"""Pretrain a masked autoencoder: hide most of a picture's patches and predict their pixels.
+"""Pretrain a masked autoencoder: hide most of an image's patches and predict their pixels.
 
     python mae_pretrain.py                      CIFAR-10, the published recipe of 2,000 epochs
     python mae_pretrain.py --demo               drawn shapes, no network, 3 minutes on two CPU cores
-    python mae_pretrain.py --dataset folder --data_path my_pictures --image_size 64 --patch_size 8
+    python mae_pretrain.py --dataset folder --data_path my_images --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
-    python mae_pretrain.py --reconstruct PICTURES --mask_ratio 0.5 0.75 0.9
+    python mae_pretrain.py --reconstruct IMAGES --mask_ratio 0.5 0.75 0.9
 
 Writes the model to --model_path and its last reconstructions beside it, as a PNG. The last line
-trains nothing: it shows what the trained model makes of your pictures.
+trains nothing: it shows how the trained model reconstructs your images.
 """
 
+import argparse
+import inspect
 import os
 
 import torch
@@ -33,43 +35,49 @@ DEMO = {
 }
 
 
+class OneOrMore(argparse.Action):
+    """For nargs="+": a single value is stored by itself, several as a list."""
+
+    def __call__(self, parser, namespace, values, _):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 def get_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     # fmt: off
     parser.add_argument("--demo", action="store_true",
         help="set defaults for a run of minutes without network: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
-    utils.add_data_flags(parser)
     add = parser.add_argument_group("model").add_argument
     add("--image_size", type=utils.positive_int, default=32)
     add("--patch_size", type=utils.positive_int, default=2,
-        help="a picture has (image_size / patch_size)^2 patches")
+        help="an image has (image_size / patch_size)^2 patches")
     add("--emb_dim", type=utils.positive_int, default=192, help="width; a multiple of the heads")
     add("--encoder_layer", type=utils.positive_int, default=12)
     add("--encoder_head", type=utils.positive_int, default=3)
     add("--decoder_layer", type=utils.positive_int, default=4)
     add("--decoder_head", type=utils.positive_int, default=3)
-    add("--mask_ratio", type=utils.open_ratio, default=0.75, nargs="+", action=utils.OneOrMore,
+    open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
+    add("--mask_ratio", type=open_ratio, default=0.75, nargs="+", action=OneOrMore,
         help="share of the patches hidden; int(patches * (1 - mask_ratio)) stay visible; "
              "several only with --reconstruct")
     add("--norm_pix_loss", action="store_true",
-        help="predict pixels normalised by the mean and deviation of their patch; "
-             "the pictures shown are de-normalised with those of the true patch")
+        help="predict pixels normalised by the mean and standard deviation of their patch; "
+             "the reconstructions shown are de-normalised with those of the true patch")
     parser.add_argument("--augment", action="store_true",
-        help="train on random crops, resized, and their mirror images, as in the paper")
+        help="train on random resized crops, half of them flipped, as in the paper")
     parser.add_argument("--reconstruct", metavar="PATH",
-        help="no training: show what the model of --model_path makes of a picture, or of the "
-             "first 16 of a folder, in a PNG beside it")
-    utils.add_training_flags(parser, seed=42, batch_size=4096, base_learning_rate=1.5e-4,
-        weight_decay=0.05, total_epoch=2000, warmup_epoch=200)
-    utils.add_device_flags(parser, max_device_batch_size=128)
-    utils.add_output_flags(parser, "--model_path", "vit-t-mae.pth", "mae-pretrain")
+        help="no training: the model of --model_path reconstructs an image, or the first 16 of a "
+             "folder, in a PNG beside it")
+    utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
+        max_device_batch_size=128, base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
+        warmup_epoch=200, model_path="vit-t-mae.pth")
     # fmt: on
     return parser.parse(argv, DEMO, "model_path")
 
 
 class MAELoss(torch.nn.Module):
-    """The loss of each picture: the mean squared error over its hidden pixels.
+    """The loss of each image: the mean squared error over its hidden pixels.
 
     With norm_pix_loss, on pixels normalised by the mean and variance of their patch (paper, section
     3, "Reconstruction target").
@@ -101,11 +109,11 @@ def patch_mean_std(img, patch_size):
 
 
 @torch.no_grad()
-def fill_in(model, img, noise, patch_size, norm_pix_loss=False):
+def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
     """img [B,3,H,W], noise [B,T] -> masked, reconstructed: [B,3,H,W] each.
 
     The visible patches are as they are, the prediction elsewhere; after norm_pix_loss it is
-    de-normalised with the true patch's mean and deviation.
+    de-normalised with the true patch's mean and standard deviation.
     """
     predicted_img, mask = model(img, noise)
     if norm_pix_loss:
@@ -114,24 +122,26 @@ def fill_in(model, img, noise, patch_size, norm_pix_loss=False):
     return img * (1 - mask), predicted_img * mask + img * (1 - mask)
 
 
-def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
-    """img uint8 [B,3,H,W], noise [B,T] -> picture [3,H',W'] in [0, 1], two images to a row.
+def reconstruction_grid(model, img, noise, patch_size, norm_pix_loss=False):
+    """img uint8 [B,3,H,W], noise [B,T] -> grid [3,H',W'] in [0, 1], two images to a row.
 
     Each is shown masked, reconstructed and as it is.
     """
     img = utils.to_float(img)
-    grid = torch.cat([*fill_in(model, img, noise, patch_size, norm_pix_loss), img])
+    grid = torch.cat([*reconstruct(model, img, noise, patch_size, norm_pix_loss), img])
     w1 = 1 if len(img) % 2 else 2
     grid = rearrange(grid, "(v h1 w1) c h w -> c (h1 h) (w1 v w)", w1=w1, v=3)
     return ((grid + 1) / 2).clamp(0, 1)
 
 
-def show(args):
-    """--reconstruct: pictures through a trained model, masked and reconstructed at each ratio."""
-    model, architecture, norm_pix_loss = utils.load_mae(args.model_path)
+def reconstruct_images(args):
+    """--reconstruct: images through a trained model, masked and reconstructed at each ratio."""
+    model, architecture, content = utils.load_model(args.model_path, "MAE_ViT")
+    norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
     path = os.path.splitext(args.model_path)[0] + "-reconstructed.png"
     utils.check_outputs(path)
-    files = utils.find_pictures(args.reconstruct)
+    one = os.path.isfile(args.reconstruct)
+    files = [(args.reconstruct, 0)] if one else utils.list_images(args.reconstruct)[0]
     img = utils.to_float(utils.decode(files[:16], architecture["image_size"])[0])
     noise = torch.rand(len(img), len(model.encoder.pos_embedding),
         generator=utils.generator("shown", args.seed))  # fmt: skip
@@ -140,15 +150,15 @@ def show(args):
         if count_visible(noise.shape[1], ratio) == 0:
             raise utils.InputError(f"--mask_ratio {ratio} leaves no patch visible")
         model.encoder.shuffle.ratio = ratio
-        columns += fill_in(model, img, noise, architecture["patch_size"], norm_pix_loss)
+        columns += reconstruct(model, img, noise, architecture["patch_size"], norm_pix_loss)
     grid = torch.stack([*columns, img])  # [2 * ratios + 1,B,3,H,W]
     grid = (rearrange(grid, "v b c h w -> c (b h) (v w)") + 1) / 2
-    utils.write_picture(path, grid.clamp(0, 1))
-    utils.say(f"{len(img)} of {len(files)} pictures, masked and reconstructed: {path}")
+    utils.write_file(path, utils.png_bytes(grid.clamp(0, 1)))
+    utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 
 def random_resized_crop(img, draw):
-    """Crop a fifth to all of each picture, back to its size, and mirror half of them.
+    """Crop a fifth to all of each image, resize it to the image's size, and flip half of them.
 
     img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. Paper, appendix A.1; the ranges are
     those of torchvision's RandomResizedCrop, which draws one crop for a whole batch.
@@ -156,25 +166,25 @@ def random_resized_crop(img, draw):
     area, stretch = 0.2 + 0.8 * draw[:, 0], (4 / 3) ** (2 * draw[:, 1] - 1)
     width, height = ((area * x).sqrt().clamp(max=1) for x in (stretch, 1 / stretch))
     x, y = (2 * draw[:, 2] - 1) * (1 - width), (2 * draw[:, 3] - 1) * (1 - height)
-    mirror, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
-    rows = torch.stack([mirror * width, zero, x]), torch.stack([zero, height, y])
+    flip, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
+    rows = torch.stack([flip * width, zero, x]), torch.stack([zero, height, y])
     return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic", "border").clamp(-1, 1)
 
 
-def train_batch(net, optim, images, batch, noise, part_size, progress, crop=()):
+def train_batch(net, optim, images, batch, noise, micro_batch_size, progress, crop=()):
     """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
 
     net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host; with --augment, crop
     holds [N,5] for random_resized_crop.
     """
     optim.zero_grad(set_to_none=True)
-    weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
-    parts = utils.micro_batches(net, part_size, images.device, batch, noise, *crop)
-    for index, part_noise, *draw in parts:
+    weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
+    tensors = batch, noise, *crop
+    for index, noise, *draw in utils.micro_batches(net, micro_batch_size, images.device, *tensors):
         img = images[index]
         if draw:
             img = random_resized_crop(utils.to_float(img), *draw)
-        loss = net(img, part_noise)  # [b]
+        loss = net(img, noise)  # [b]
         (loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
     optim.step()
@@ -182,80 +192,70 @@ def train_batch(net, optim, images, batch, noise, part_size, progress, crop=()):
 
 def main(args):
     if args.reconstruct:
-        return show(args)
+        return reconstruct_images(args)
     if isinstance(args.mask_ratio, list):
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
     png_path = os.path.splitext(args.model_path)[0] + ".png"
     utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
-    utils.warn_of_long_warmup(args)
 
-    architecture = {
-        "image_size": args.image_size,
-        "patch_size": args.patch_size,
-        "emb_dim": args.emb_dim,
-        "encoder_layer": args.encoder_layer,
-        "encoder_head": args.encoder_head,
-        "decoder_layer": args.decoder_layer,
-        "decoder_head": args.decoder_head,
-        "mask_ratio": args.mask_ratio,
-    }
+    architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
     model = utils.build(MAE_ViT, **architecture)
-    pictures = utils.load_pictures(args, device, need_classes=False)
-    images = pictures.train_images
-    part_size = utils.choose_part_size(args, device)
+    num_patches = len(model.encoder.pos_embedding)
+    if count_visible(num_patches, args.mask_ratio) == num_patches:
+        raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
+    dataset = utils.load_dataset(args, device, need_classes=False)
+    images, num_images = dataset.train_images, len(dataset.train_images)
+    micro_batch_size = utils.choose_micro_batch_size(args, device)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
-    net, chosen = utils.place(loss, device, args, part_size, args.total_epoch * len(images))
+    total_images = args.total_epoch * num_images
+    net, chosen = utils.wrap_model(loss, device, args, micro_batch_size, total_images)
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
 
-    num_patches = len(model.encoder.pos_embedding)
-    if count_visible(num_patches, args.mask_ratio) == num_patches:
-        raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
-    # The same pictures and masks at every epoch; spread, as a folder is sorted by class.
-    n = min(16, len(pictures.val_images))
-    shown = pictures.val_images[torch.arange(n) * len(pictures.val_images) // n]
+    # The same images and masks at every epoch; spread, as a folder is sorted by class.
+    n = min(16, len(dataset.val_images))
+    shown = dataset.val_images[torch.arange(n) * len(dataset.val_images) // n]
     shown_noise = torch.rand(n, num_patches, generator=utils.generator("shown", args.seed))
     shown_noise = shown_noise.to(device)
 
-    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, pictures.fingerprint())
-    utils.describe_run(args, chosen, model, pictures, run.curves.folder)
+    fingerprint = utils.checksum(*dataset[:4])
+    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, fingerprint)
+    utils.describe_run(args, chosen, model, dataset, run.folder)
 
-    for epoch in run.epochs():
+    for epoch in range(run.epoch, args.total_epoch):
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
-        order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        with run.progress(device, ["loss"], lr, len(images)) as progress:
-            for update, batch in run.updates(order.split(args.batch_size)):
-                # The masks, like the order, are a function of the seed, the epoch and the update.
-                rng = utils.generator("masks", args.seed, epoch, update)
-                noise = torch.rand(len(batch), num_patches, generator=rng)
-                crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
-                train_batch(net, optim, images, batch, noise, part_size, progress, crop)
+        order = torch.randperm(num_images, generator=utils.generator("order", args.seed, epoch))
+        progress = run.start_epoch(device, ["loss"], num_images)
+        for update, batch in run.updates(order.split(args.batch_size)):
+            # The masks, like the order, are a function of the seed, the epoch and the update.
+            rng = utils.generator("masks", args.seed, epoch, update)
+            noise = torch.rand(len(batch), num_patches, generator=rng)
+            crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
+            train_batch(net, optim, images, batch, noise, micro_batch_size, progress, crop)
         results = progress.mean()
 
         model.eval()
-        grid = reconstruct(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
-        run.curves.add_scalar("mae_loss", results["loss"], epoch)
-        run.curves.add_scalar("lr", lr, epoch)
-        run.curves.add_scalar("images_per_second", progress.per_second, epoch)
-        run.curves.add_image("mae_image", grid, epoch)
-        utils.say(
+        grid = reconstruction_grid(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
+        speed = progress.per_second
+        scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
+        run.curves.write(epoch, scalars, {"mae_image": grid})
+        utils.print_rank_0(
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-            f"{progress.per_second:,.0f} images/s"
+            f"{speed:,.0f} images/s"
         )
         if run.end_epoch():
             facts = {"epoch": epoch + 1, "metrics": results, "chosen": chosen}
-            content = utils.model_bytes(model, architecture, args, **facts)
-            run.files.hold(args.model_path, content)
-            run.files.hold(png_path, utils.png_bytes(grid))
+            run.files[args.model_path] = utils.model_bytes(model, architecture, args, **facts)
+            run.files[png_path] = utils.png_bytes(grid)
             run.save()
-    run.close()
-    utils.say(f"model: {args.model_path}, reconstructions: {png_path}")
+    run.curves.close()
+    utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors(), utils.processes():
+    with utils.processes(), utils.one_line_errors():
         main(get_args())

@@ -7,6 +7,8 @@ Shapes: B images, T patches per image, T_vis of them visible, C embedding width,
 the cls token first. A mask is 1 where a patch is hidden and 0 where the encoder saw it.
 """
 
+import math
+
 import torch
 from einops import rearrange
 from einops.layers.torch import Rearrange
@@ -205,7 +207,60 @@ class ViT_Classifier(torch.nn.Module):
     def forward(self, img, branch_scale=None):
         """img [B,3,H,W] -> logits [B,num_classes].
 
-        branch_scale [B,num_layer,2] multiplies the two branches of each block, picture by picture:
+        branch_scale [B,num_layer,2] multiplies the two branches of each block, image by image:
         0 or 1 / (1 - rate) is stochastic depth (drop path, arXiv:1603.09382); None leaves them.
         """
         return self.head(self.features(img, branch_scale))
+
+
+def architecture_of(weights):
+    """The sizes that the state_dict of an MAE_ViT or a ViT_Classifier tells.
+
+    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
+    Raises KeyError for a tensor that is not there.
+    """
+    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
+
+    def num_layer(part):
+        return sum(x.startswith(part) and x.endswith("norm1.weight") for x in weights)
+
+    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
+    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
+    architecture = {
+        "image_size": math.isqrt(num_patches) * patch_size,
+        "patch_size": patch_size,
+        "emb_dim": emb_dim,
+        "encoder_layer": num_layer(f"{prefix}transformer."),
+    }
+    if prefix:
+        return architecture | {"decoder_layer": num_layer("decoder.transformer.")}
+    return architecture | {"num_classes": len(weights["head.bias"])}
+
+
+def to_timm(model):
+    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
+
+    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
+    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
+    """
+    names = {
+        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
+        "layer_norm": "norm",
+    }  # fmt: skip
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        first, *rest = name.split(".")
+        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
+    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
+    num_patches, patch_size = weights["pos_embed"].shape[1], model.patchify.kernel_size[0]
+    return weights, {
+        "img_size": math.isqrt(num_patches) * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": weights["pos_embed"].shape[2],
+        "depth": len(model.transformer),
+        "num_heads": model.transformer[0].attn.num_heads,
+        "num_classes": len(weights["head.bias"]) if "head.bias" in weights else 0,
+        "qkv_bias": False,
+        "no_embed_class": True,
+        "norm_layer": torch.nn.LayerNorm,
+    }

@@ -7,7 +7,7 @@
     python train_classifier.py --eval vit-t-classifier-from_scratch.pth
     tensorboard --logdir logs
 
-Prints the accuracy on the validation pictures after every epoch, and writes the classifier of the
+Prints the accuracy on the validation images after every epoch, and writes the classifier of the
 best epoch to --output_model_path. The demo takes 15 s on two CPU cores and reaches 38 % from
 scratch, 76 % from the pretrained encoder (means of 3 seeds; see the README).
 """
@@ -17,7 +17,9 @@ import math
 import os
 
 import torch
+from PIL import Image, ImageDraw
 from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
+from torchvision.transforms.functional import to_tensor
 
 import utils
 from model import MAE_Encoder, ViT_Classifier
@@ -29,7 +31,7 @@ ENCODER = {
     "encoder_layer": 12,
     "encoder_head": 3,
 }
-# 500 labels, where mae_pretrain.py --demo saw 30,000 pictures.
+# 500 labels, where mae_pretrain.py --demo saw 30,000 images.
 DEMO = {
     "dataset": "shapes",
     "train_images": 500,
@@ -48,7 +50,6 @@ def get_args(argv=None):
     parser.add_argument("--demo", action="store_true",
         help="set defaults for a run of a minute without network: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
-    utils.add_data_flags(parser)
     add = parser.add_argument_group("model",
         "read from the file where --pretrained_model_path is given").add_argument
     add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
@@ -58,26 +59,29 @@ def get_args(argv=None):
     add("--encoder_layer", type=utils.positive_int, help="(default: 12)")
     add("--encoder_head", type=utils.positive_int, help="(default: 3)")
     add = parser.add_argument_group("recipe").add_argument
-    add("--augment", type=utils.ratio_or_one, nargs="?", const=1.0, metavar="STRENGTH",
-        help="shift, mirror and distort the pictures, erase parts, mix two, smooth the labels; a "
-             "strength of 0, for short runs, only shifts and mirrors (default: no augmentation; "
-             "--augment alone: 1)")
-    add("--layer_decay", type=utils.positive_ratio, default=1.0, metavar="RATE",
+    checked = utils.checked
+    add("--augment", type=checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
+        const=1.0, metavar="STRENGTH",
+        help="shift, flip, distort, erase and mix images, smooth labels; a strength of 0, for "
+             "short runs, only shifts and flips (default: no augmentation; --augment alone: 1)")
+    add("--layer_decay", type=checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        default=1.0, metavar="RATE",
         help="each block learns at RATE times the rate of the block above it (paper: 0.75)")
-    add("--drop_path", type=utils.ratio, default=0.0, metavar="RATE",
-        help="leave out the last block's branches with this probability, earlier ones' less often")
+    add("--drop_path", type=checked(float, lambda x: 0 <= x < 1, "from 0 to below 1"),
+        default=0.0, metavar="RATE",
+        help="stochastic depth: drop the last block's branches with this probability, those of "
+             "earlier blocks less often")
     add("--linear_probe", action="store_true",
         help="freeze the encoder and train a linear classifier on its normalised features")
     add("--holdout", type=utils.positive_int, metavar="N",
-        help="choose the best epoch on N of the training pictures, which are not trained on, "
-             "and report its accuracy on the test pictures (default: choose on those)")
+        help="choose the best epoch on N of the training images, which are not trained on, "
+             "and report its accuracy on the test images (default: choose on those)")
     add("--eval", metavar="FILE",
         help="no training: accuracy by class and confusion matrix of a saved classifier")
-    utils.add_training_flags(parser, seed=2022, batch_size=128, base_learning_rate=1e-3,
-        weight_decay=0.05, total_epoch=100, warmup_epoch=5)
-    utils.add_device_flags(parser, max_device_batch_size=256)
-    utils.add_output_flags(parser, "--output_model_path", "vit-t-classifier-from_scratch.pth",
-        "scratch-cls, pretrain-cls, probe-cls or eval-cls")
+    utils.add_shared_flags(parser, "--output_model_path",
+        "scratch-cls, pretrain-cls, probe-cls or eval-cls", seed=2022, batch_size=128,
+        max_device_batch_size=256, base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
+        warmup_epoch=5, output_model_path="vit-t-classifier-from_scratch.pth")
     # fmt: on
     return parser.parse(argv, DEMO, "output_model_path")
 
@@ -89,7 +93,7 @@ def get_encoder(args):
     """
     path = None if args.resume else args.pretrained_model_path  # a state has the weights itself
     if path:
-        mae, architecture, _ = utils.load_mae(path)
+        mae, architecture, _ = utils.load_model(path, "MAE_ViT")
     else:
         architecture = DEMO_ENCODER if args.demo else ENCODER
     for name in ENCODER:
@@ -123,22 +127,22 @@ def parameter_groups(model, layer_decay):
     return groups
 
 
-# --augment draws for each picture 9 numbers to distort it, as many to distort the one that it may
-# be mixed with, and 4 to mix them; among them levels and, to be below ERASE and MIX, chances.
+# --augment takes 22 random numbers per image: 9 distort it, 9 the image it is mixed with, 4 mix.
 OPERATIONS, ERASE, MIX, SMOOTHING = 9, 0.25, 0.5, 0.1
 DISTORT_DRAWS, MIX_DRAWS = 9, 4
+# Among them, those that set a strength, and those that are compared with ERASE and MIX.
 LEVELS, CHANCES = [1, 10], [5, 14, 18]
 
 
 def distort(img, draw):
-    """Change each picture in ways of its own: img [b,3,H,W], draw [b,9] in [0, 1) -> [b,3,H,W].
+    """Change each image in its own way: img [b,3,H,W], draw [b,9] in [0, 1) -> [b,3,H,W].
 
-    Shift by up to an eighth, mirror, one operation of random strength, and at times a grey square.
-    The operations are most of TrivialAugment's (arXiv:2103.10158), which torchvision's does to a
-    whole batch alike.
+    Shift by up to an eighth, flip, one operation of random strength, and sometimes a grey square.
+    The operations are most of TrivialAugment's (arXiv:2103.10158), of which torchvision applies
+    one to the whole batch.
     """
-    chosen, level, shift_x, shift_y, mirror, erase, side, x, y = draw.unbind(1)
-    # An operation of strength 0 changes nothing: so are all but the chosen one, or all of them.
+    chosen, level, shift_x, shift_y, flip, erase, side, x, y = draw.unbind(1)
+    # All operations run; those not chosen have strength 0, which changes nothing.
     strength = one_hot((chosen * OPERATIONS).long(), OPERATIONS) * (2 * level[:, None] - 1)
     turn, shear_x, shear_y, *strength = strength.unbind(1)
     bright, contrast, colour, sharp, solar, _ = (v[:, None, None, None] for v in strength)
@@ -147,54 +151,54 @@ def distort(img, draw):
     shift_x, shift_y = (
         ((2 * u - 1) * (width // 8)).round() / width * 2 for u in (shift_x, shift_y)
     )
-    mirror, turn = (mirror < 0.5) * 2 - 1, turn * math.radians(30)
+    flip, turn = (flip < 0.5) * 2 - 1, turn * math.radians(30)
     rows = (
-        torch.stack([mirror * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x]),
-        torch.stack([mirror * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y]),
+        torch.stack([flip * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x]),
+        torch.stack([flip * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y]),
     )
     img = utils.warp(img, torch.stack(rows).permute(2, 0, 1))
 
-    def away_from(base, strength):
+    def blend(base, strength):
         return base + (img - base) * (1 + 0.9 * strength)
 
-    img = away_from(-1, bright)
-    img = away_from(img.mean((1, 2, 3), keepdim=True), contrast)
-    img = away_from(img.mean(1, keepdim=True), colour)
-    img = away_from(avg_pool2d(img, 3, 1, 1, count_include_pad=False), sharp).clamp(-1, 1)
+    img = blend(-1, bright)
+    img = blend(img.mean((1, 2, 3), keepdim=True), contrast)
+    img = blend(img.mean(1, keepdim=True), colour)
+    img = blend(avg_pool2d(img, 3, 1, 1, count_include_pad=False), sharp).clamp(-1, 1)
     img = torch.where(img > 1 - 2 * solar.abs(), -img, img)
-    erased = square(img, side * 0.6, x, y) & (erase < ERASE)[:, None, None, None]
+    erased = square_mask(img, side * 0.6, x, y) & (erase < ERASE)[:, None, None, None]
     return img.masked_fill(erased, 0.0)
 
 
-def square(img, side, x, y):
-    """A mask [b,1,H,W] of a square each: its side and centre [b] in parts of the picture's."""
+def square_mask(img, side, x, y):
+    """True inside a square of each image, [b,1,H,W]; side and centre [b] in units of the image."""
     axis = (torch.arange(img.shape[-1], device=img.device) + 0.5) / img.shape[-1]  # [W]
     inside = [(axis - centre[:, None]).abs() < side[:, None] / 2 for centre in (x, y)]  # [b,W]
     return (inside[0][:, None, :] & inside[1][:, :, None])[:, None]
 
 
 def mix(img, other, draw):
-    """MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of half of the pictures.
+    """MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of half of the images.
 
-    img, other [b,3,H,W], draw [b,4] in [0, 1) -> mixed [b,3,H,W], the share of img in each, [b].
+    img, other [b,3,H,W], draw [b,4] in [0, 1) -> mixed [b,3,H,W], the weight of img in each, [b].
     """
     kind, amount, x, y = draw.unbind(1)
     kind, amount = (v[:, None, None, None] for v in (kind, amount))
-    cut = square(img, (1 - amount.flatten()).sqrt(), x, y)
+    cut = square_mask(img, (1 - amount.flatten()).sqrt(), x, y)
     weight = torch.where(kind < MIX / 2, (~cut).float(), torch.where(kind < MIX, amount, 1.0))
     return weight * img + (1 - weight) * other, weight.expand_as(img).mean((1, 2, 3))
 
 
 def branch_scale(n, num_layer, rate, rng):
-    """For --drop_path, what the branches are multiplied with: [n,num_layer,2], 0 or 1 / keep."""
+    """For --drop_path, the factors of the branches: [n,num_layer,2], 0 or 1 / (1 - rate)."""
     probability = torch.linspace(0, rate, num_layer)[:, None]
     return (torch.rand(n, num_layer, 2, generator=rng) >= probability) / (1 - probability)
 
 
 def draw_recipe(args, batch, num_layer, epoch, update):
-    """What --augment and --drop_path draw for a batch, as train_batch takes it.
+    """Draw the random numbers of --augment and --drop_path for a batch, as train_batch takes them.
 
-    Like the order, a function of the seed, the epoch and the update, whoever computes which part.
+    Like the order, they are a function of the seed, the epoch and the update.
     """
     rng = utils.generator("augment", args.seed, epoch, update)
     n, recipe = len(batch), {}
@@ -210,17 +214,18 @@ def draw_recipe(args, batch, num_layer, epoch, update):
 
 
 def train_batch(
-    net, optim, images, labels, batch, part_size, progress, augment=(), smoothing=0.0, drop=()
-):
+    net, optim, images, labels, batch, micro_batch_size, progress,
+    augment=(), smoothing=0.0, drop=(),
+):  # fmt: skip
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
 
-    augment is empty or (partners [N], indexes of the pictures to mix with; random numbers
-    [N,22]); drop is empty or (branch_scale [N,num_layer,2],). Both are on the host.
+    augment is empty or (partners [N], indexes of the images to mix with; random numbers [N,22]);
+    drop is empty or (branch_scale [N,num_layer,2],). Both are on the host.
     """
     optim.zero_grad(set_to_none=True)
-    weight = utils.world_size() / len(batch)  # of several processes, the mean gradient is taken
-    parts = utils.micro_batches(net, part_size, images.device, batch, *augment, *drop)
-    for index, *drawn in parts:
+    weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
+    tensors = batch, *augment, *drop
+    for index, *drawn in utils.micro_batches(net, micro_batch_size, images.device, *tensors):
         img, label = utils.to_float(images[index]), labels[index]
         if augment:
             partner, draw, *drawn = drawn
@@ -240,48 +245,50 @@ def train_batch(
 
 
 @torch.no_grad()
-def predict(net, images, labels, part_size):
-    """This process's share of the images -> its summed loss, classes predicted [n], true [n]."""
+def predict(net, images, labels, micro_batch_size):
+    """This process's shard of the images -> its summed loss, classes predicted [n], true [n]."""
     loss, predicted = torch.zeros((), dtype=torch.float64, device=images.device), []
-    images, labels = utils.share(images), utils.share(labels)
-    for img, label in zip(images.split(part_size), labels.split(part_size), strict=True):
+    images, labels = utils.shard(images), utils.shard(labels)
+    size = micro_batch_size
+    for img, label in zip(images.split(size), labels.split(size), strict=True):
         logits = net(utils.to_float(img)).float()  # [b,num_classes]
         loss += cross_entropy(logits, label, reduction="sum")
         predicted.append(logits.argmax(-1))
     return loss, torch.cat(predicted), labels
 
 
-def evaluate(net, images, labels, part_size):
-    """Mean loss and accuracy, exact however the images are split into parts and over processes."""
-    loss, predicted, true = predict(net, images, labels, part_size)
+def evaluate(net, images, labels, micro_batch_size):
+    """Mean loss and accuracy, exact for any micro-batch size and number of processes."""
+    loss, predicted, true = predict(net, images, labels, micro_batch_size)
     sums = torch.stack([loss, (predicted == true).sum()])
-    loss, acc = (utils.sum_over_processes(sums) / len(images)).tolist()
+    loss, acc = (utils.reduce_over_processes(sums) / len(images)).tolist()
     return {"loss": loss, "acc": acc}
 
 
 @torch.no_grad()
-def encode(model, precision, part_size, train_images, *others):
+def extract_features(model, precision, micro_batch_size, train_images, *others):
     """Images uint8 [N,3,H,W] -> features [N,C], of mean 0 and variance 1 over the training set.
 
     And the norm that makes them so: a BatchNorm without affine parameters (paper, appendix A.1,
-    "Linear probing"), its statistics those of all training pictures rather than of each batch.
+    "Linear probing"), with statistics of all training images rather than of each batch.
     """
-    net = utils.Net(model.features, train_images.device, precision)
-    part_size = math.ceil(part_size / max(1, utils.count_gpus(train_images.device)))  # on one
+    device = train_images.device
+    net = utils.MixedPrecision(model.features, device, precision)
+    size = math.ceil(micro_batch_size / max(1, utils.count_gpus(device)))  # on one GPU
     train, *rest = (
-        torch.cat([net(utils.to_float(part)).float() for part in images.split(part_size)])
+        torch.cat([net(utils.to_float(img)).float() for img in images.split(size)])
         for images in (train_images, *others)
     )
     if len(train) < 2:
-        raise utils.InputError("--linear_probe needs two pictures at least")
-    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(train.device)
+        raise utils.InputError("--linear_probe needs at least two images")
+    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(device)
     norm(train)
     norm.eval()
     return norm, [norm(features) for features in (train, *rest)]
 
 
-def with_norm(model, norm):
-    """The classifier whose head does what the head of `model` does after the norm."""
+def fold_norm(model, norm):
+    """The classifier whose head does what the norm and then the head of `model` do."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.head.weight /= (norm.running_var + norm.eps).sqrt()
@@ -289,46 +296,83 @@ def with_norm(model, norm):
     return model
 
 
-def show(args):
+def draw_confusion(counts, classes):
+    """Confusion matrix [K,K], a row for each true class -> image [3,H,W] in [0, 1].
+
+    A cell is the darker, the larger its share of its row; up to 30 classes have names and numbers.
+    """
+    k = len(classes)
+    cell, left, top = (44, 130, 30) if k <= 30 else (max(1, 900 // k), 0, 0)
+    share = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
+    dark, white = torch.tensor([8.0, 48, 107]), torch.tensor([255.0])
+    cells = torch.lerp(white, dark, share[..., None]).byte()  # [K,K,3]
+    cells = cells.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    img = Image.new("RGB", (left + k * cell, top + k * cell), "white")
+    img.paste(Image.fromarray(cells.numpy()), (left, top))
+    draw = ImageDraw.Draw(img)
+    for i, name in enumerate(classes if left else []):
+        name = name.encode("latin-1", "replace").decode("latin-1")[:16]  # what PIL's font has
+        middle = i * cell + cell // 2
+        draw.text((left - 6, top + middle), f"{name} {i}", "black", anchor="rm")
+        draw.text((left + middle, top - 6), f"{i}", "black", anchor="mb")
+        for j in range(k):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            where = left + j * cell + cell // 2, top + middle
+            draw.text(where, f"{counts[i, j]}", colour, anchor="mm")
+    return to_tensor(img)
+
+
+def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
     device = utils.choose_device(args.device)
     png_path = os.path.splitext(args.eval)[0] + "-confusion.png"
-    model, architecture, classes = utils.load_classifier(args.eval)
+    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     utils.check_outputs(png_path)
-    args.image_size, args.train_images = architecture["image_size"], 1  # those are not needed
-    pictures = utils.load_pictures(args, device)
-    if (classes or pictures.classes) != pictures.classes or (
-        len(pictures.classes) != architecture["num_classes"]
-    ):
+    args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
+    dataset = utils.load_dataset(args, device)
+    k = architecture["num_classes"]
+    classes = content.get("classes") or dataset.classes  # the source's files do not name them
+    if classes != dataset.classes or k != len(classes):
         raise utils.InputError(
-            f"{args.eval} knows the {architecture['num_classes']} classes {classes}, "
-            f"the pictures have {len(pictures.classes)}: {pictures.classes}"
+            f"{args.eval} knows {k} classes, {classes}, the dataset has {len(dataset.classes)}: "
+            f"{dataset.classes}"
         )
-    part_size = utils.choose_part_size(args, device)
-    net, _ = utils.place(model.eval(), device, args, part_size, 0)
-    images, k = pictures.val_images, len(pictures.classes)
-    loss, predicted, true = predict(net, images, pictures.val_labels, part_size)
+    micro_batch_size = utils.choose_micro_batch_size(args, device)
+    net, _ = utils.wrap_model(model.eval(), device, args, micro_batch_size, 0)
+    images = dataset.val_images
+    loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
     counts = (true * k + predicted).cpu().bincount(minlength=k * k)  # [i * k + j]: i taken for j
-    counts = utils.sum_over_processes(counts).view(k, k)
-    loss = utils.sum_over_processes(loss).item() / len(images)
+    counts = utils.reduce_over_processes(counts).view(k, k)
+    loss = utils.reduce_over_processes(loss).item() / len(images)
     acc = counts.trace().item() / len(images)
-    picture = utils.draw_confusion(counts, pictures.classes)
-    for i, name in enumerate(pictures.classes):
+    for i, name in enumerate(classes):
         n = counts[i].sum().item()
-        utils.say(f"{name}: {counts[i, i] / max(n, 1):.2%} of {n:,}")
-    utils.say(f"accuracy on {len(images):,} validation pictures: {acc:.2%}, loss {loss:.4f}")
+        utils.print_rank_0(f"{name}: {counts[i, i] / max(n, 1):.2%} of {n:,}")
+    utils.print_rank_0(f"accuracy on {len(images):,} validation images: {acc:.2%}, loss {loss:.4f}")
     if utils.rank() == 0:
-        utils.write_picture(png_path, picture)
+        confusion = draw_confusion(counts, classes)
+        utils.write_file(png_path, utils.png_bytes(confusion))
         curves = utils.Curves(utils.new_run_folder(args.log_dir, args.dataset, "eval-cls"))
-        curves.add_scalar("cls/acc", acc, 0)
-        curves.add_image("cls/confusion", picture, 0)
-        curves.flush()
-        utils.say(f"confusion matrix: {png_path}, curves: {curves.folder}")
+        curves.write(0, {"cls/acc": acc}, {"cls/confusion": confusion})
+        curves.close()
+        utils.print_rank_0(f"confusion matrix: {png_path}, curves: {curves.folder}")
+
+
+def hold_out(dataset, n):
+    """Take n training images, spread over the classes, as validation images -> Dataset."""
+    held = utils.spread(dataset.train_labels.cpu(), n, "--holdout")
+    rest = torch.ones(len(dataset.train_labels), dtype=torch.bool)
+    rest[held] = False
+    if not rest.any():
+        raise utils.InputError(f"--holdout {n} leaves no image to train on")
+    images, labels = dataset.train_images, dataset.train_labels
+    held, rest = held.to(images.device), rest.to(images.device)
+    return utils.Dataset(images[rest], labels[rest], images[held], labels[held], dataset.classes)
 
 
 def main(args):
     if args.eval:
-        return show(args)
+        return evaluate_file(args)
     if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
         raise utils.InputError(
             "--linear_probe trains on features that are computed once: leave out --augment, "
@@ -337,93 +381,90 @@ def main(args):
     utils.setup_seed(args.seed)
     device = utils.choose_device(args.device)
     utils.check_outputs(args.output_model_path, utils.state_path(args.output_model_path))
-    utils.warn_of_long_warmup(args)
 
     encoder, architecture = get_encoder(args)
-    pictures = utils.load_pictures(args, device)
-    fingerprint = pictures.fingerprint()
-    test_images, test_labels = pictures.val_images, pictures.val_labels
+    dataset = utils.load_dataset(args, device)
+    fingerprint = utils.checksum(*dataset[:4])
+    test_images, test_labels = dataset.val_images, dataset.val_labels
     if args.holdout:
-        pictures = utils.hold_out(pictures, args.holdout)
-    architecture["num_classes"] = len(pictures.classes)
-    model = ViT_Classifier(encoder, len(pictures.classes))
-    images, labels = pictures.train_images, pictures.train_labels
-    val_images, val_labels = pictures.val_images, pictures.val_labels
-    part_size = utils.choose_part_size(args, device)
-    pictures_seen = args.total_epoch * len(images)
+        dataset = hold_out(dataset, args.holdout)
+    images, labels, val_images, val_labels, classes = dataset
+    architecture["num_classes"] = len(classes)
+    model = ViT_Classifier(encoder, len(classes))
+    micro_batch_size = utils.choose_micro_batch_size(args, device)
+    total_images = args.total_epoch * len(images)
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
     groups = parameter_groups(model, args.layer_decay)
-    net, chosen = utils.place(model, device, args, part_size, pictures_seen)
+    net, chosen = utils.wrap_model(model, device, args, micro_batch_size, total_images)
     if args.linear_probe:
         name, groups = "probe-cls", model.head.parameters()
-        net, chosen = utils.place(model.head, device, args, part_size, pictures_seen)
+        net, chosen = utils.wrap_model(model.head, device, args, micro_batch_size, total_images)
     optim = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
 
     run = utils.Run(args, name, args.output_model_path, model, optim, fingerprint)
-    utils.describe_run(args, chosen, model, pictures, run.curves.folder)
+    utils.describe_run(args, chosen, model, dataset, run.folder)
     if args.linear_probe:  # now, as a resumed run has the encoder from its state
-        norm, (images, val_images, test_images) = encode(
-            model, chosen["precision"], part_size, images, val_images, test_images
+        norm, (images, val_images, test_images) = extract_features(
+            model, chosen["precision"], micro_batch_size, images, val_images, test_images
         )
 
-    for epoch in run.epochs():
+    for epoch in range(run.epoch, args.total_epoch):
         lr = utils.set_learning_rate(optim, epoch, args)
         model.train()
         order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        with run.progress(device, ["loss", "acc"], lr, len(images)) as progress:
-            for update, batch in run.updates(order.split(args.batch_size)):
-                recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
-                train_batch(net, optim, images, labels, batch, part_size, progress, **recipe)
+        progress = run.start_epoch(device, ["loss", "acc"], len(images))
+        for update, batch in run.updates(order.split(args.batch_size)):
+            recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
+            train_batch(net, optim, images, labels, batch, micro_batch_size, progress, **recipe)
         train = progress.mean()
 
         model.eval()
-        val = evaluate(net, val_images, val_labels, part_size)
-        run.curves.add_scalars("cls/loss", {"train": train["loss"], "val": val["loss"]}, epoch)
-        run.curves.add_scalars("cls/acc", {"train": train["acc"], "val": val["acc"]}, epoch)
-        run.curves.add_scalar("lr", lr, epoch)
-        run.curves.add_scalar("images_per_second", progress.per_second, epoch)
-        utils.say(
+        val = evaluate(net, val_images, val_labels, micro_batch_size)
+        curves = {f"cls/{key}": {"train": train[key], "val": val[key]} for key in ("loss", "acc")}
+        speed = progress.per_second
+        run.curves.write(epoch, curves | {"lr": lr, "images_per_second": speed})
+        utils.print_rank_0(
             f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
             f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-            f"lr {lr:.2e}, {progress.per_second:,.0f} images/s"
+            f"lr {lr:.2e}, {speed:,.0f} images/s"
         )
         best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
         results = {"epoch": epoch + 1, **val}
         if args.holdout and (best or epoch + 1 == args.total_epoch):
-            test = evaluate(net, test_images, test_labels, part_size)
-            results |= {f"test_{k}": v for k, v in test.items()}
+            test = evaluate(net, test_images, test_labels, micro_batch_size)
+            results |= {f"test_{key}": value for key, value in test.items()}
         run.results["last"] = results
         if best:
             run.results["best"] = results
             facts = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
-            facts |= {"chosen": chosen, "classes": pictures.classes}
-            saved = with_norm(model, norm) if args.linear_probe else model
+            facts |= {"chosen": chosen, "classes": classes}
+            saved = fold_norm(model, norm) if args.linear_probe else model
             content = utils.model_bytes(saved, architecture, args, **facts)
-            run.files.hold(args.output_model_path, content)
+            run.files[args.output_model_path] = content
         if run.end_epoch():
             run.save()
-    run.close()
-    utils.say(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
+    run.curves.close()
+    utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
 
 
 def report(args, results, num_test):
-    """The accuracies of a run, each named by the pictures on which its epoch was chosen."""
+    """The accuracies of a run, each named by the images on which its epoch was chosen."""
     best, last = results["best"], results["last"]
     if not args.holdout:
         return (
-            f"accuracy on {num_test:,} validation pictures: best {best['acc']:.2%} (epoch "
-            f"{best['epoch']}, chosen on these pictures), last {last['acc']:.2%}; "
+            f"accuracy on {num_test:,} validation images: best {best['acc']:.2%} (epoch "
+            f"{best['epoch']}, chosen on these images), last {last['acc']:.2%}; "
             "model of the best epoch"
         )
     return (
-        f"accuracy on {num_test:,} test pictures: best epoch {best['test_acc']:.2%} (epoch "
-        f"{best['epoch']}, chosen on {args.holdout:,} training pictures held out, on those "
+        f"accuracy on {num_test:,} test images: best epoch {best['test_acc']:.2%} (epoch "
+        f"{best['epoch']}, chosen on {args.holdout:,} training images held out, on those "
         f"{best['acc']:.2%}), last {last['test_acc']:.2%}; model of the best epoch"
     )
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors(), utils.processes():
+    with utils.processes(), utils.one_line_errors():
         main(get_args())

@@ -1,22 +1,23 @@
-"""What both scripts need: command line, device, random numbers, pictures, model files, curves."""
+"""What both scripts share, in the order in which a run meets it.
+
+Command line, processes, device and precision, random numbers and schedule, dataset, model files,
+curves and progress, stop and resume.
+"""
 
 import argparse
 import contextlib
 import ctypes
-import datetime
-import errno
-import glob
 import hashlib
 import io
 import itertools
 import math
 import os
-import platform
 import random
 import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import typing
 import warnings
@@ -28,82 +29,63 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
+from PIL import Image, ImageOps
 from torch.nn.functional import grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.tensorboard import summary
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier, architecture_of
 
-# ------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------- command line
+# Flags of both scripts and errors in one line; called by get_args and at the end of each script.
 
 
 class InputError(Exception):
-    """Something that the user can mend. Its message is one line, whatever is quoted in it."""
+    """An error that the user can fix. Its message is one line, whatever it quotes."""
 
     def __init__(self, message):
-        super().__init__(one_line(message))
+        super().__init__(" ".join(str(message).split())[:500])
 
 
-def one_line(text):
-    return " ".join(str(text).split())[:500]
-
-
-def say(text):
-    """Print, at once, once. A log that is full or a pipe that is closed must not end the run."""
+def print_rank_0(text):
+    """Print and flush, in process 0 only. A full log or a closed pipe must not end the run."""
     if rank() > 0:
         return
     try:
-        print(text, flush=True)
-    except UnicodeEncodeError:  # a file's name, on a terminal that cannot show it
-        print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+        tqdm.write(text)  # above the progress bar, if there is one
+        sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End the program with `error: ...` and status 1 where the user, not a developer, can help."""
+    """End the program with `error: ...` and status 1 where the user can fix the cause."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout, which shows any file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+        return
     except InputError as error:
-        fail(str(error))
+        message = error
     except torch.OutOfMemoryError:
-        fail("the GPU's memory is full: try a smaller --max_device_batch_size")
+        message = "the GPU's memory is full: try a smaller --max_device_batch_size, fewer images"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            fail("there is not enough memory for this model or these pictures")
-        if several_processes() and LOST.search(f"{type(error).__name__} {error}"):
-            fail(f"another process has failed or cannot be reached: {one_line(error)}")
-        raise
+        # gloo raises plain RuntimeErrors, in which it quotes its own file names.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            lost = InputError(f"another process has failed or cannot be reached: {error}")
+            tqdm.write(f"error: {lost}", file=sys.stderr)
+            os._exit(1)  # to leave the process group could take as long as its time-out
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        message = "there is not enough memory for this model or these images"
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
-
-
-# How gloo and NCCL say that a process on the other side is gone.
-LOST = re.compile(
-    "DistBackendError|DistNetworkError|DistStoreError|gloo|NCCL|Connection (closed|reset)"
-)
-
-
-def fail(message):
-    """End with one line and status 1.
-
-    Of several processes that end for the same reason the first is to say so: torchrun ends the
-    others while they wait here. They end hard, as PyTorch's clean-up could wait for a lost one.
-    """
-    if world_size() == 1:
-        sys.exit(f"error: {message}")
-    if rank() > 0 or message.startswith("another process"):
-        time.sleep(3)
-    with contextlib.suppress(OSError):
-        print(f"error in process {rank()}: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -112,13 +94,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     def _get_help_string(self, action):
         telling = action.default is not None and action.default is not False
         return super()._get_help_string(action) if telling else action.help
-
-
-class OneOrMore(argparse.Action):
-    """For nargs="+": a single value is stored by itself, several as a list."""
-
-    def __call__(self, parser, namespace, values, _):
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -133,28 +108,35 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        if rank() > 0:
-            time.sleep(3)  # see fail
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def parse(self, argv, demo, output):
-        """Let --demo replace defaults and --resume go on with those of the saved run.
+        """argv -> Namespace. --demo replaces defaults; --resume takes the flags of the saved run.
 
-        Flags on the command line win over --demo. `output` names the flag of the model file.
+        demo: {flag: value}, over which flags in argv win. output: the name of the flag with the
+        model file's path. Raises InputError if another process was given other flags.
         """
         if self.parse_known_args(argv)[0].demo:
             self.set_defaults(**demo)
         args = self.parse_args(argv)
-        return resume_args(self, argv, args, output) if args.resume else args
+        if args.resume:
+            args = resume_args(self, argv, args, output)
+        check_same_settings(**vars(args))
+        if args.warmup_epoch >= args.total_epoch:
+            print_rank_0(
+                f"warning: --warmup_epoch {args.warmup_epoch} is not below --total_epoch "
+                f"{args.total_epoch}: the learning rate falls before it reaches its highest value"
+            )
+        return args
 
 
-def checked(kind, test, wish):
-    """An argparse type: int or float, refused with a wish unless it passes the test."""
+def checked(kind, test, requirement):
+    """An argparse type: int or float, or an error that states the requirement."""
 
     def parse(text):
         value = kind(text)
         if not test(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {wish}")
+            raise argparse.ArgumentTypeError(f"{text} is not {requirement}")
         return value
 
     parse.__name__ = kind.__name__  # argparse then says "invalid int value"
@@ -164,69 +146,56 @@ def checked(kind, test, wish):
 positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")
 unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
 unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-ratio = checked(float, lambda x: 0 <= x < 1, "from 0 to below 1")
-ratio_or_one = checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
-positive_ratio = checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-open_ratio = checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
 
 
 # fmt: off
-def add_data_flags(parser):
-    add = parser.add_argument_group("data").add_argument
+def add_shared_flags(parser, model_flag, curves, **defaults):
+    """Add the flags of both scripts; `curves` names the run's folder, defaults are the script's."""
+    add = parser.add_argument_group("dataset").add_argument
     add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
-        help="cifar10, cifar100: downloaded; folder: your pictures; shapes: drawn by the program")
+        help="cifar10, cifar100: downloaded; folder: your own images; shapes: drawn by the program")
     add("--data_path", default="data",
-        help="where cifar10 and cifar100 lie or are put; for folder, the folder of pictures: "
+        help="where cifar10 and cifar100 are or will be put; for folder, the folder of images: "
              "train/<class>/... and val/<class>/... or test/<class>/...")
     add("--train_images", type=positive_int, metavar="N",
-        help="use N of the training pictures, spread evenly over the classes (default: all)")
-
-
-def add_training_flags(parser, **defaults):
+        help="use N of the training images, spread evenly over the classes (default: all)")
     add = parser.add_argument_group("training").add_argument
-    add("--seed", type=unsigned_int,
-        help="of the initial weights and of everything that is drawn at random")
+    add("--seed", type=unsigned_int, help="random seed: weights, order, masks, augmentation")
     add("-bs", "--batch_size", type=positive_int, metavar="N",
-        help="pictures per update of the weights; the last batch of an epoch may be smaller")
+        help="images per update of the weights; the last batch of an epoch may be smaller")
     add("--base_learning_rate", type=unsigned_float, metavar="RATE",
-        help="the highest learning rate is base_learning_rate * batch_size / 256")
+        help="the peak learning rate is base_learning_rate * batch_size / 256")
     add("--weight_decay", type=unsigned_float, metavar="RATE")
     add("--total_epoch", type=positive_int, metavar="N")
     add("--warmup_epoch", type=unsigned_int, metavar="N",
-        help="epochs in which the learning rate rises; it then follows half a cosine down to 0")
-    parser.set_defaults(**defaults)
-
-
-def add_output_flags(parser, model_flag, default, name):
+        help="epochs of linear warm-up of the learning rate; half a cosine down to 0 follows")
+    add = parser.add_argument_group("device").add_argument
+    add("--max_device_batch_size", type=positive_int, metavar="N",
+        help="largest micro-batch: images on one device in one forward and backward pass; "
+             "gradients of larger batches are accumulated, so the result does not depend on it")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: cuda where there is a GPU")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="precision of matrix products; weights stay fp32; "
+             "auto: bf16 where the hardware computes it natively")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on one GPU, for runs of 3 million images or "
+             "more; not on a CPU, where it needs a C++ compiler and about a minute)")
     add = parser.add_argument_group("output").add_argument
-    add(model_flag, default=default, help="the model file; other files of the run go beside it")
-    add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{name}; "
+    add(model_flag, help="the model file; other files of the run go beside it")
+    add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "
         "a later run takes the next free name, with -2, -3, ... behind it")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
         help="save the state at least every M minutes, and at the end of an epoch if that is cheap")
     add("--resume", action="store_true",
-        help="go on where the run's last saved state stands; flags need not be repeated, but "
-             "those that would change the result must not differ")
-
-
-def add_device_flags(parser, **defaults):
-    add = parser.add_argument_group("device").add_argument
-    add("--max_device_batch_size", type=positive_int, metavar="N",
-        help="pictures on one device in one forward and backward pass; the gradients of a larger "
-             "batch are accumulated over several passes: the result does not depend on it")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: cuda where there is a GPU")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the matrix products; weights and optimizer stay fp32; "
-             "auto: bf16 where the hardware computes it natively")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, for runs of 3 million pictures or "
-             "more; not on a CPU, where it needs a C++ compiler and about a minute)")
+        help="continue from the run's last saved state; flags need not be repeated, and those that "
+             "would change the result must not differ")
     parser.set_defaults(**defaults)
 # fmt: on
 
 
-# ---------------------------------------------------------------------------- several processes
+# ----------------------------------------------------------------------------------- processes
+# One run on several GPUs or machines; called at the end of each script and throughout this file.
 
 
 def rank():
@@ -239,85 +208,54 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def several_processes():
-    """Whether torchrun, by the environment, has started several processes."""
-    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return told <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
-
-
 @contextlib.contextmanager
 def processes():
-    """Join the other processes of the run, if torchrun has started several.
+    """Join the other processes of the run, if torchrun has started several, and leave in the end.
 
-    What is on a GPU travels by NCCL, all else by gloo. Process 0 reads the pictures, and alone
-    writes: model, state, curves, messages.
+    NCCL reduces what is on a GPU, gloo all else. Process 0 alone prints and writes files.
     """
-    if not several_processes():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    with contextlib.suppress(OSError, AttributeError):  # Linux: if torchrun dies, SIGTERM for us
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    # The gradients of our [1,1,C] tokens have strides of another, equal, meaning.
+    # Harmless: for the [1,1,C] tokens both strides mean the same layout.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
-    yield
-    dist.destroy_process_group()
+    with one_line_errors():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def share(tensor):
-    """The part of a batch that is this process's: all but equal parts of dim 0, maybe none."""
+def shard(tensor):
+    """This process's slice of dim 0; sizes differ by at most one and may be 0."""
     return tensor.tensor_split(world_size())[rank()]
 
 
-def sum_over_processes(tensor):
-    """Sum a tensor over the processes, in place."""
+def reduce_over_processes(tensor, op=dist.ReduceOp.SUM):
+    """All-reduce in place, element by element, and return the tensor."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
-def agree(*numbers):
-    """The largest of each number over the processes, for what only one of them may know."""
-    if world_size() == 1:
-        return numbers
-    largest = torch.tensor(numbers)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-def check_alike(**facts):
-    """Raise InputError if the processes, on several machines maybe, are not up to the same."""
+def check_same_settings(**settings):
+    """Raise InputError unless every process, on whatever machine, has the same settings."""
     if world_size() == 1:
         return
     gathered = [None] * world_size()
-    dist.all_gather_object(gathered, facts, dist.new_group(backend="gloo"))
-    for number, theirs in enumerate(gathered):
+    dist.all_gather_object(gathered, settings)
+    for number, others in enumerate(gathered):
         for name, value in gathered[0].items():
-            if theirs[name] != value:
+            if others[name] != value:
                 raise InputError(
-                    f"process {number} has {name} {theirs[name]}, process 0 has {value}: give all "
+                    f"process {number} has {name} {others[name]}, process 0 has {value}: give all "
                     "machines the same flags, code and files"
                 )
 
 
-def send_pictures(pictures):
-    """Give the Pictures of process 0 to all; the others pass None."""
-    if world_size() == 1:
-        return pictures
-    # Process 0 may be downloading for long. Should it fail, the others learn of it at once.
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    facts = [pictures and (pictures.classes, [(x.shape, x.dtype) for x in pictures[:4]])]
-    dist.broadcast_object_list(facts, 0, group)
-    classes, kinds = facts[0]
-    tensors = pictures[:4] if pictures else [torch.empty(s, dtype=dtype) for s, dtype in kinds]
-    for tensor in tensors:
-        dist.broadcast(tensor, 0, group)
-    return Pictures(*tensors, classes)
-
-
-# -------------------------------------------------------------------------- device, precision
+# ------------------------------------------------------------------------ device and precision
+# Where and how the model runs; main calls choose_*, wrap_model and micro_batches.
 
 
 def choose_device(name):
@@ -343,7 +281,7 @@ def count_gpus(device):
 
 
 def keep_freed_memory():
-    """Have glibc keep the pages of freed tensors: mapping them anew costs a third of the time."""
+    """Let glibc keep the pages of freed tensors: mapping them anew costs a third of the time."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
         libc = ctypes.CDLL(None)
@@ -365,11 +303,12 @@ def choose_precision(name, device):
     return "bf16" if native else "fp32"
 
 
-class Net(torch.nn.Module):
-    """Calls a module in the chosen precision, compiled for inputs of one batch size if any.
+class MixedPrecision(torch.nn.Module):
+    """Runs a module in the chosen precision, and compiled for inputs of one batch size if any.
 
-    Others, such as the last of an epoch, run as they are: to compile for each size would take
-    longer than it saves. Autocast is entered in here because DataParallel's threads forget it.
+    Inputs of another size, such as the last of an epoch, run uncompiled: to compile for each size
+    would take longer than it saves. Autocast is entered in here as DataParallel's threads forget
+    it outside.
     """
 
     def __init__(self, module, device, precision, compiled_size=None):
@@ -384,31 +323,37 @@ class Net(torch.nn.Module):
             return self.module(*inputs)
 
     def forward(self, *inputs):
-        if len(inputs[0]) == 0:  # a process without a share; not every attention takes no picture
+        if len(inputs[0]) == 0:  # an empty shard; not every attention kernel takes no image
             return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
         run = self.compiled if len(inputs[0]) == self.compiled_size else self.run
         return run(*inputs)
 
 
-def place(module, device, args, part_size, pictures):
-    """Move a module to the device, in place -> what to call in its stead, and what was chosen.
+def wrap_model(module, device, args, micro_batch_size, num_images):
+    """Move to the device; wrap in autocast, torch.compile, DDP or DataParallel.
 
-    Decides precision and compilation by args.precision, args.compile and the number of pictures
-    that the run trains on. The module itself has the state_dict to save, without any prefix.
+    num_images is the number of images that the run trains on, over all its epochs: by default a
+    long run is compiled. -> what to call, {"device", "precision", "compile"}. The module is moved
+    in place; its state_dict, without any prefix, is the one to save.
     """
     module.to(device)
     gpus = count_gpus(device)
     precision = choose_precision(args.precision, device)
-    compiled = choose_compile(args.compile, gpus, pictures / world_size())
+    compiled = args.compile
+    if compiled is None:
+        compiled = gpus == 1 and num_images / world_size() >= 3_000_000
+    elif compiled and gpus > 1:
+        print_rank_0("warning: --compile has no effect on several GPUs in one process")
+        compiled = False
     if gpus:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
-            part.fused_attn = gpus > 0 or precision == "fp32"
-    net = Net(module, device, precision, part_size if compiled else None)
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
+            layer.fused_attn = gpus > 0 or precision == "fp32"
+    net = MixedPrecision(module, device, precision, micro_batch_size if compiled else None)
     name = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
     if world_size() > 1:
-        check_alike(device=device.type, precision=precision)
+        check_same_settings(device=device.type, precision=precision)
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
     elif gpus > 1:
@@ -416,37 +361,28 @@ def place(module, device, args, part_size, pictures):
     return net, {"device": name, "precision": precision, "compile": compiled}
 
 
-def choose_compile(flag, gpus, pictures):
-    """Whether to compile: as the flag says, else on one GPU for a run that is long enough."""
-    if gpus > 1:
-        if flag:
-            say("warning: --compile has no effect on several GPUs in one process")
-        return False
-    return gpus == 1 and pictures >= 3_000_000 if flag is None else flag
+def choose_micro_batch_size(args, device):
+    """Images in a micro-batch: the fewest micro-batches that are not too large, all of one size.
 
-
-def choose_part_size(args, device):
-    """Pictures in a micro-batch: the fewest micro-batches that are not too large, all of one size.
-
-    In fp32 a CPU is as fast with 64 pictures as with more, and needs less memory.
+    In fp32 a CPU is as fast with 64 images as with more, and needs less memory.
     """
     largest = args.max_device_batch_size * max(1, count_gpus(device))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
         largest = min(largest, 64)
-    size = max(1, len(share(torch.empty(args.batch_size, device="meta"))))
+    size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
     return math.ceil(size / math.ceil(size / largest))
 
 
-def micro_batches(net, part_size, device, *tensors):
-    """Yield this process's share of a batch part by part: tuples of slices, on the device.
+def micro_batches(net, micro_batch_size, device, *tensors):
+    """Yield this process's shard of a batch in micro-batches: tuples of slices, on the device.
 
-    Of several processes, each yields at least one, and they exchange gradients in the last.
+    Each process yields at least one, maybe empty; DDP exchanges gradients in the last only.
     """
-    parts = [to_device(share(x), device).split(part_size) for x in tensors]
-    *others, last = zip(*parts, strict=True)
-    for part in others:
+    slices = [to_device(shard(x), device).split(micro_batch_size) for x in tensors]
+    *others, last = zip(*slices, strict=True)
+    for micro_batch in others:
         with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
-            yield part
+            yield micro_batch
     yield last
 
 
@@ -457,18 +393,19 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-# ----------------------------------------------------------------- random numbers and schedule
+# -------------------------------------------------------------- random numbers and schedule
+# All that a run draws is a function of its seed; main calls these before and at every epoch.
 
 
 def setup_seed(seed=2022):
-    """Seed what draws the initial weights: all else is drawn from `generator`."""
+    """Seed the global generators, which draw the initial weights; all else uses `generator`."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def generator(*key):
-    """A CPU generator that is a function of its key, such as ("masks", seed, epoch, update)."""
+    """A CPU generator seeded by a hash of its key, such as ("masks", seed, epoch, update)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -478,14 +415,6 @@ def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epo
     warmup = (epoch + 1) / (warmup_epoch + 1e-8)
     cosine = 0.5 * (math.cos(epoch / total_epoch * math.pi) + 1)
     return base_learning_rate * batch_size / 256 * min(warmup, cosine)
-
-
-def warn_of_long_warmup(args):
-    if args.warmup_epoch >= args.total_epoch:
-        say(
-            f"warning: --warmup_epoch {args.warmup_epoch} is not below --total_epoch "
-            f"{args.total_epoch}: the learning rate falls before it has risen to its highest value"
-        )
 
 
 def set_learning_rate(optim, epoch, args):
@@ -498,21 +427,18 @@ def set_learning_rate(optim, epoch, args):
     return lr
 
 
-# ------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------- dataset
+# Reads all images into one tensor on the training device; main calls load_dataset.
 
 
-class Pictures(typing.NamedTuple):
-    """A data set in memory. Images are uint8 [N,3,H,W], labels int64 [N]."""
+class Dataset(typing.NamedTuple):
+    """A dataset in memory. Images are uint8 [N,3,H,W], labels int64 [N]."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
     val_images: torch.Tensor
     val_labels: torch.Tensor
     classes: list
-
-    def fingerprint(self):
-        """A number by which a resumed run knows its pictures again."""
-        return checksum(*self[:4])
 
 
 def checksum(*tensors):
@@ -530,9 +456,9 @@ def to_float(images):
 def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
     """Resample img [b,3,H,W] where matrix [b,2,3] takes each output pixel, in units of [-1, 1].
 
-    By default 0, the middle of the range of pixels, lies outside of the picture.
+    By default pixels from outside of the image are 0, the middle of their range.
     """
-    if len(img) == 0:  # grid_sample refuses it; a process may have no share in a short batch
+    if len(img) == 0:  # an empty shard, which grid_sample refuses
         return img
     y, x = ((torch.arange(n, device=img.device) * 2 + 1) / n - 1 for n in img.shape[2:])
     a, b, c = matrix[:, None, None].unbind(-1)  # [b,1,1,2]; not affine_grid, whose TF32 is coarse
@@ -540,184 +466,145 @@ def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
     return grid_sample(img, grid, mode, padding_mode, align_corners=False)
 
 
-def load_pictures(args, device, need_classes=True):
-    """Read args.dataset whole into the device's memory. Raises InputError if it cannot."""
-    pictures = send_pictures(read_pictures(args, device, need_classes) if rank() == 0 else None)
-    tensors = (x.to(device) if isinstance(x, torch.Tensor) else x for x in pictures)
-    return Pictures(*tensors)
+def load_dataset(args, device, need_classes=True):
+    """Read args.dataset whole into the device's memory -> Dataset. Raises InputError if it cannot.
 
-
-def read_pictures(args, device, need_classes):
+    Each process reads for itself. need_classes: whether images without classes will not do.
+    """
     if args.dataset == "shapes":
-        pictures = read_shapes(args.image_size)
+        dataset = read_shapes(args.image_size)
     elif args.dataset == "folder":
-        pictures = read_folder(args, device, need_classes)
+        dataset = read_folder(args, need_classes)
     elif args.image_size == 32:
-        pictures = read_cifar(args.dataset, args.data_path)
+        dataset = read_cifar(args.dataset, args.data_path)
     else:
         raise InputError(
-            f"image size {args.image_size} does not fit {args.dataset}, whose pictures are 32x32"
+            f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32"
         )
     if args.train_images:
-        pictures = take_train_images(pictures, args.train_images)
-    return pictures
-
-
-def take_train_images(pictures, n):
-    """Keep n training pictures, spread evenly over the classes and over each class."""
-    keep = spread(pictures.train_labels, n, "--train_images")
-    return pictures._replace(
-        train_images=pictures.train_images[keep], train_labels=pictures.train_labels[keep]
-    )
+        keep = spread(dataset.train_labels, args.train_images, "--train_images")
+        images, labels = dataset.train_images[keep], dataset.train_labels[keep]
+        dataset = dataset._replace(train_images=images, train_labels=labels)
+    check_same_settings(images=(len(dataset.train_images), len(dataset.val_images)))
+    return Dataset(*(x.to(device) for x in dataset[:4]), dataset.classes)
 
 
 def spread(labels, n, flag):
     """The indexes of n of the labels [N], spread evenly over the classes and over each class."""
     if n > len(labels):
-        raise InputError(f"{flag} {n}: there are only {len(labels)} training pictures")
+        raise InputError(f"{flag} {n}: there are only {len(labels)} training images")
     return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n]
 
 
-def hold_out(pictures, n):
-    """Take n training pictures, spread over the classes, as validation pictures -> Pictures."""
-    held = spread(pictures.train_labels.cpu(), n, "--holdout")
-    rest = torch.ones(len(pictures.train_labels), dtype=torch.bool)
-    rest[held] = False
-    if not rest.any():
-        raise InputError(f"--holdout {n} leaves no picture to train on")
-    images, labels = pictures.train_images, pictures.train_labels
-    held, rest = held.to(images.device), rest.to(images.device)
-    return Pictures(images[rest], labels[rest], images[held], labels[held], pictures.classes)
-
-
 def read_cifar(name, root):
-    """CIFAR-10 or CIFAR-100, downloaded and checked by torchvision."""
-    dataset = {
-        "cifar10": torchvision.datasets.CIFAR10,
-        "cifar100": torchvision.datasets.CIFAR100,
-    }[name]
-    try:
-        train, val = (dataset(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"cannot get {name} ({error}): put {dataset.filename} from "
-            f"{dataset.url} into {root}{os.sep}, or try --demo, which needs no network"
-        ) from error
-    images = (torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous() for x in (train, val))
-    labels = (torch.tensor(x.targets) for x in (train, val))
-    train_images, val_images = images
-    train_labels, val_labels = labels
-    return Pictures(train_images, train_labels, val_images, val_labels, train.classes)
+    """CIFAR-10 or CIFAR-100, downloaded and checked by torchvision.
+
+    First process 0 reads, then one process of each machine, then the others: whether or not the
+    machines share a disk, no two write the same file.
+    """
+    dataset = getattr(torchvision.datasets, name.upper())
+    own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for turn in range(3):
+        if turn == own_turn:
+            try:
+                parts = [dataset(root, train=train, download=True) for train in (True, False)]
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"cannot get {name} ({error}): put {dataset.filename} from "
+                    f"{dataset.url} into {root}{os.sep}, or try --demo, which needs no network"
+                ) from error
+        reduce_over_processes(torch.zeros(1))  # wait for the others
+    tensors = []
+    for part in parts:
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        tensors += [images, torch.tensor(part.targets)]
+    return Dataset(*tensors, parts[0].classes)
 
 
-def read_folder(args, device, need_classes):
-    """Pictures below <root>/train and <root>/val or <root>/test, where each class is a folder.
+def read_folder(args, need_classes):
+    """Images below <root>/train and <root>/val or <root>/test, where each class is a folder.
 
     Without need_classes they may lie anywhere below <root>/train, or below <root> if it has no
-    train/; and the first training pictures stand in for a val/ or test/ that is not there.
+    train/; and the first training images stand in for a val/ or test/ that is not there.
     """
-    root, size = args.data_path, args.image_size
-    here = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
-    val = next((name for name in here if name != "train"), None)
-    if val and "train" not in here:
-        raise InputError(f"--data_path {root} has {val}/ but no train/")
-    if need_classes and not val:
+    root = args.data_path
+    found = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
+    val = next((name for name in found if name != "train"), None)
+    if (val and "train" not in found) or (need_classes and not val):
         raise InputError(
             f"--data_path {root} needs {root}/train/<class>/... and {root}/val/<class>/... or "
             f"{root}/test/<class>/..."
         )
-    train_files, classes = list_pictures(root, "train" if "train" in here else "", need_classes)
+    train_root = os.path.join(root, "train") if "train" in found else root
+    train_files, classes = list_images(train_root, need_classes)
     if args.train_images:
-        keep = spread(
-            torch.tensor([label for _, label in train_files]), args.train_images, "--train_images"
-        )
+        labels = torch.tensor([label for _, label in train_files])
+        keep = spread(labels, args.train_images, "--train_images")
         train_files = [train_files[i] for i in keep]
-    if val is None:
-        check_memory(len(train_files), size, device)
-        train_images, train_labels = decode(train_files, size)
-        return Pictures(train_images, train_labels, train_images[:16], train_labels[:16], classes)
-
-    val_files, val_classes = list_pictures(root, val, need_classes)
-    if unknown := set(val_classes) - set(classes):
-        raise InputError(f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}")
-    number = {name: i for i, name in enumerate(classes)}
-    val_files = [(path, number[val_classes[label]]) for path, label in val_files]
-    check_memory(len(train_files) + len(val_files), size, device)
-    return Pictures(*decode(train_files, size), *decode(val_files, size), classes)
-
-
-def check_memory(n, image_size, device):
-    """Raise InputError if n pictures do not fit into the memory, and say how much they need."""
-    free = [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
-    with contextlib.suppress(OSError), open("/proc/meminfo") as meminfo:
-        free += [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable")]
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit, if it has one
-        with (
-            open("/sys/fs/cgroup/memory.max") as most,
-            open("/sys/fs/cgroup/memory.current") as now,
-        ):
-            free.append(int(most.read()) - int(now.read()))
-        with open("/sys/fs/cgroup/memory.stat") as stat:  # files kept in memory while there is room
-            free[-1] += sum(int(x.split()[1]) for x in stat if x.startswith("inactive_file"))
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
-    need = n * 3 * image_size**2 * local  # a copy for each process
-    text = f"{n:,} pictures of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory"
-    if free and need > 0.9 * min(free):
-        raise InputError(
-            f"{text}, of which {min(free) / 1e9:,.1f} GB are free: lower --image_size or "
-            "--train_images"
-        )
-    if need > 1e9:
-        say(text)
+    if val:
+        val_files, val_classes = list_images(os.path.join(root, val), need_classes)
+        if unknown := set(val_classes) - set(classes):
+            raise InputError(
+                f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}"
+            )
+        val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
+    else:
+        val_files = train_files[:16]
+    check_memory(len(train_files) + len(val_files), args.image_size)
+    train, val = (decode(files, args.image_size) for files in (train_files, val_files))
+    return Dataset(*train, *val, classes)
 
 
-def find_pictures(path):
-    """A picture, or those of a folder and the folders in it -> [(path, 0), ...]."""
-    return [(path, 0)] if os.path.isfile(path) else list_pictures(path, "", False)[0]
-
-
-def list_pictures(root, part, need_classes):
+def list_images(folder, need_classes=False):
     """[(path, label), ...] and the names of the classes, by torchvision's reader."""
-    folder = os.path.join(root, part) if part else root
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}")
+    extensions = (*IMG_EXTENSIONS, ".gif")
     try:
         if need_classes:
-            dataset = torchvision.datasets.DatasetFolder(folder, None, EXTENSIONS)
+            dataset = torchvision.datasets.DatasetFolder(folder, None, extensions)
             return dataset.samples, dataset.classes
-        return make_dataset(folder, {"": 0}, EXTENSIONS), [""]
+        return make_dataset(folder, {"": 0}, extensions), [""]
     except OSError as error:
-        raise InputError(f"no pictures in {folder}: {error}") from error
+        raise InputError(f"no images in {folder}: {error}") from error
 
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+def check_memory(n, image_size):
+    """Raise InputError, before any is read, if n images exceed the free memory (on Linux)."""
+    need = n * 3 * image_size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a copy
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        free = int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024
+        if need > free:
+            raise InputError(
+                f"{n:,} images of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory, "
+                f"of which {free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
+            )
 
 
 def decode(files, image_size):
     """[(path, label), ...] -> images uint8 [N,3,S,S], labels [N].
 
-    Each picture is turned upright, resized to S on its shorter side, cropped to its centre, RGB; of
+    Each image is turned upright, resized to S on its shorter side, cropped to its centre, RGB; of
     an animated one it is the first frame. Raises InputError naming those that cannot be read.
     """
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     broken = []
-    for i, (path, _) in enumerate(tqdm(files, "Reading pictures", disable=None, leave=False)):
+    for i, (path, _) in enumerate(tqdm(files, "Reading images", disable=None, leave=False)):
         try:
             with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
-                    picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-                picture = picture.convert("RGB")
+                img = ImageOps.exif_transpose(file)
+                if img.mode.startswith("I"):  # 16 bits of grey, which convert would clip
+                    img = Image.fromarray((np.asarray(img) // 257).astype(np.uint8))
+                img = img.convert("RGB")
         except Exception:  # each of PIL's decoders has errors of its own
             broken.append(path)
             continue
-        picture = TF.center_crop(TF.resize(picture, image_size), image_size)
-        images[i] = TF.pil_to_tensor(picture)
+        images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise InputError(
-            f"cannot read {len(broken)} of {len(files)} pictures: {', '.join(broken[:5])}{more}; "
-            "mend or remove them"
+            f"cannot read {len(broken)} of {len(files)} images: {', '.join(broken[:5])}{more}; "
+            "fix or remove them"
         )
     return images, torch.tensor([label for _, label in files])
 
@@ -728,10 +615,10 @@ SHAPES = [
 
 
 def draw_shapes(n, image_size, seed):
-    """n pictures of ten kinds of shape, as many of each. Returns uint8 [n,3,S,S], labels [n].
+    """Draw n images of ten kinds of shape, as many of each -> uint8 [n,3,S,S], labels [n].
 
-    One flat colour on a softly shaded background; place, size, turn, colours, shading and noise are
-    random, and a function of the seed.
+    One flat colour on a softly shaded background; position, size, angle, colours, shading and
+    noise are random, and a function of the seed.
     """
     rng = generator("shapes", seed)
 
@@ -744,25 +631,24 @@ def draw_shapes(n, image_size, seed):
     images = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
     for rows in torch.arange(n).split(1000):
         b = len(rows)
-        place, turn = uniform(-0.2, 0.2, b, 2, 1, 1), uniform(-0.3, 0.3, b, 1, 1)
+        centre, angle = uniform(-0.2, 0.2, b, 2, 1, 1), uniform(-0.3, 0.3, b, 1, 1)
         size = uniform(0.6, 0.85, b, 1, 1)
         # Coordinates in the frame of the shape, which fits the unit disc.
-        y, x = (axis[:, None] - place[:, 0]) / size, (axis - place[:, 1]) / size
-        x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+        y, x = (axis[:, None] - centre[:, 0]) / size, (axis - centre[:, 1]) / size
+        x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         distance = shape_distance(x, y, labels[rows]) * size * image_size / 2  # in pixels
         inside = (0.5 - distance).clamp(0, 1)[:, None]  # [b,1,S,S], edges one pixel soft
 
         colour = uniform(0, 1, b, 3, 1, 1)
-        ground = (colour + 0.5 + uniform(-0.15, 0.15, b, 3, 1, 1)) % 1  # far from the colour
+        background = (colour + 0.5 + uniform(-0.15, 0.15, b, 3, 1, 1)) % 1  # far from the colour
         wave = uniform(-6, 6, b, 3, 1, 1)  # a faint, broad ripple: its direction and phase
-        ground = (
-            ground + 0.06 * (wave[:, :1] * axis[:, None] + wave[:, 1:2] * axis + wave[:, 2:]).sin()
-        )
+        ripple = (wave[:, :1] * axis[:, None] + wave[:, 1:2] * axis + wave[:, 2:]).sin()
+        background = background + 0.06 * ripple
         slope = uniform(-0.1, 0.1, b, 2, 3, 1, 1)
-        ground = ground + slope[:, 0] * axis[:, None] + slope[:, 1] * axis
-        picture = torch.lerp(ground, colour, inside)
-        picture += 0.02 * torch.randn(picture.shape, generator=rng)
-        images[rows] = (picture * 255).round().clamp(0, 255).byte()
+        background = background + slope[:, 0] * axis[:, None] + slope[:, 1] * axis
+        img = torch.lerp(background, colour, inside)
+        img += 0.02 * torch.randn(img.shape, generator=rng)
+        images[rows] = (img * 255).round().clamp(0, 255).byte()
     return images, labels
 
 
@@ -796,96 +682,48 @@ def shape_distance(x, y, kind):
 
 
 def read_shapes(image_size):
-    """30,000 drawn pictures to train on and 2,000 others to validate on; the same in every run."""
-    return Pictures(*draw_shapes(30_000, image_size, 0), *draw_shapes(2_000, image_size, 1), SHAPES)
+    """30,000 drawn images to train on and 2,000 others to validate on; the same in every run."""
+    return Dataset(*draw_shapes(30_000, image_size, 0), *draw_shapes(2_000, image_size, 1), SHAPES)
 
 
-# --------------------------------------------------------------------- writing files, all or none
+# --------------------------------------------------------------------------------- model files
+# Written whole or not at all, read without running anything in them. main calls check_outputs
+# first; load_model reads what the scripts, or the source, have written.
 
 
 def check_outputs(*paths):
     """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
     if rank() > 0:
         return
-    if len(set(paths)) < len(paths):
-        raise InputError(f"two files of the run would have the name {paths[0]}")
     for path in paths:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            if os.path.isdir(path) or not os.path.basename(path):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            check_replaceable(path)
-            for part in glob.glob(f"{glob.escape(path)}.*.part"):  # of a run that was killed
-                os.remove(part)
-            with open(part_path(path), "wb"):
-                os.remove(part_path(path))
         except OSError as error:
-            raise InputError(
-                f"cannot write {path or 'a file without a name'}: {error.strerror}"
-            ) from error
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        write_file(path)
 
 
-def part_path(path):
-    """The name of a file while it is being written: two runs do not write into one."""
-    return f"{path}.{os.getpid()}.part"
+def write_file(path, content=None):
+    """Write bytes to a temporary file and rename it: `path` is never half written.
 
-
-def check_replaceable(path):
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-
-def write_file(path, content):
-    """Write bytes to a file beside `path`, then rename it: `path` is never half written.
-
-    They are on the disk, not only in its cache, before the name is. Raises OSError, with `path` as
-    it was, if any of this fails.
+    Raises InputError, with `path` as it was, if that fails. Without content it only tries.
     """
-    check_replaceable(path)
-    part = part_path(path)
+    temporary = f"{path}.{os.getpid()}.part"  # two runs never write into one
     try:
-        with open(part, "wb") as file:
-            file.write(content)
+        if os.path.exists(path):
+            open(path, "r+b").close()  # fails for a folder or a read-only file
+        with open(temporary, "wb") as file:
+            file.write(content or b"")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
-    with contextlib.suppress(OSError):  # the rename too; not every file system offers it
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_picture(path, picture):
-    """Write a picture [3,H,W] in [0, 1] as PNG. Raises InputError if that fails."""
-    try:
-        write_file(path, png_bytes(picture))
+        if content is None:
+            os.remove(temporary)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-class Files:
-    """Writes a run's files. What fails is warned about, held, and written with the next ones."""
-
-    def __init__(self):
-        self.unwritten = {}  # path -> bytes
-
-    def hold(self, path, content):
-        """Keep bytes to be written, in place of older ones for the same path."""
-        if rank() == 0:
-            self.unwritten[path] = content
-
-    def write(self):
-        """Write what is held, in the order in which it came."""
-        for path, content in list(self.unwritten.items()):
-            try:
-                write_file(path, content)
-                del self.unwritten[path]
-            except OSError as error:
-                say(f"warning: cannot write {path}: {error.strerror}; will try again")
 
 
 def to_bytes(content):
@@ -895,53 +733,19 @@ def to_bytes(content):
     return buffer.getvalue()
 
 
-def png_bytes(picture):
-    """A picture [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
-    scale = max(1, 768 // picture.shape[-1])
-    picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+def png_bytes(img):
+    """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
+    scale = max(1, 768 // img.shape[-1])
+    img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     buffer = io.BytesIO()
-    torchvision.utils.save_image(picture, buffer, format="png")
+    torchvision.utils.save_image(img, buffer, format="png")
     return buffer.getvalue()
 
 
-def draw_confusion(counts, classes):
-    """Confusion matrix [K,K], a row for each true class -> picture [3,H,W] in [0, 1].
-
-    A cell is the darker, the larger its share of its row; up to 30 classes have names and numbers.
-    """
-    k = len(classes)
-    cell, margin = (44, 110) if k <= 30 else (max(1, 900 // k), 0)
-    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    colour = torch.tensor([[8.0, 48, 107]]) * share[..., None] + 255 * (1 - share[..., None])
-    cells = colour.byte().repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-    picture = Image.new("RGB", (margin + k * cell, margin + k * cell), "white")
-    picture.paste(Image.fromarray(cells.numpy()), (margin, margin))
-    if margin:
-        draw = ImageDraw.Draw(picture)
-        names = [name.encode("latin-1", "replace").decode("latin-1")[:16] for name in classes]
-        draw.text((4, 4), "true (rows),\npredicted (columns)", "black")
-        for i, name in enumerate(names):
-            middle = margin + i * cell + cell // 2
-            draw.text((margin - 6, middle), name, "black", anchor="rm")
-            sideways = Image.new("L", (margin, 20))
-            ImageDraw.Draw(sideways).text((6, 10), name, 255, anchor="lm")
-            sideways = sideways.rotate(90, expand=True)
-            picture.paste("black", (middle - 10, 0), sideways)
-            for j in range(k):
-                where = margin + j * cell + cell // 2, middle
-                white = "white" if share[i, j] > 0.5 else "black"
-                draw.text(where, f"{counts[i, j]}", white, anchor="mm")
-    return TF.to_tensor(picture)
-
-
-# --------------------------------------------------------------------------------- model files
-
-
-def versions():
-    modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np}
-    return {"python": platform.python_version()} | {
-        k: str(m.__version__) for k, m in modules.items()
-    }
+VERSIONS = {
+    "python": sys.version.split()[0],
+    **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np)},
+}
 
 
 def model_bytes(model, architecture, args, **more):
@@ -953,14 +757,18 @@ def model_bytes(model, architecture, args, **more):
             "architecture": architecture,
             "preprocessing": {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5},
             "args": vars(args),
-            "versions": versions(),
+            "versions": VERSIONS,
             **more,
         }
     )
 
 
-class InertModule:
-    """Stands in for every class of a pickled module: it holds the attributes and runs nothing."""
+class InertModule(torch.nn.Module):
+    """Stands in for every class of a pickled module: it holds parameters and runs nothing."""
+
+    def __setstate__(self, state):
+        super().__init__()
+        super().__setstate__(state)
 
 
 # The classes of which the source's whole-module pickles consist.
@@ -977,12 +785,10 @@ def read_checkpoint(path):
     Raises InputError for what is not there, is damaged, or asks for any other class or function.
     """
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"there is no file {path}; both scripts say where they write theirs")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{path} is compressed, as no file of torch.save is")
-            if name := archive.testzip():
+            if name := archive.testzip():  # torch.load does not look at the checksums
                 raise InputError(f"{path} is damaged: the checksum of {name} is wrong")
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in asked if not MODULE_CLASS.fullmatch(name)]
@@ -993,181 +799,21 @@ def read_checkpoint(path):
     except InputError:
         raise
     except Exception as error:  # a damaged file can trip its reader anywhere
-        reason = one_line(error) or type(error).__name__
-        raise InputError(f"{path} is no checkpoint of PyTorch, or damaged: {reason}") from error
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is not a PyTorch checkpoint, or damaged: {reason}") from error
 
 
-def load_mae(path):
-    """Read pretrained weights -> MAE_ViT, architecture, whether it predicts normalised pixels.
-
-    From a file of mae_pretrain.py, a bare state_dict of MAE_ViT, or the whole module as the source
-    pickles it. A bare state_dict does not tell the number of heads and the mask ratio: they are
-    taken to be 3 and 0.75. Raises InputError, naming the tensor that is wrong.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}; mae_pretrain.py writes one to its --model_path")
-    content = read_checkpoint(path)
-    try:
-        return mae_from(content, path)
-    except InputError:
-        raise
-    except Exception as error:  # nothing is known of the values in the file
-        raise InputError(f"{path} does not hold an MAE_ViT: {error}") from error
-
-
-def mae_from(content, path):
-    weights, told = weights_from(content, "MAE_ViT", path)
-    told = {"encoder_head": 3, "decoder_head": 3, "mask_ratio": 0.75} | told
-    # The sizes are those of the tensors: what the file says of itself is checked, not trusted.
-    architecture = infer_architecture(weights, path)
-    check_told(architecture, told, path)
-    args = content.get("args", {}) if isinstance(content, dict) else {}
-    model = fill(MAE_ViT, architecture, weights, path)
-    return model, architecture, args.get("norm_pix_loss") is True
-
-
-def load_classifier(path):
-    """Read a classifier -> ViT_Classifier, architecture, names of its classes or None.
-
-    From a file of train_classifier.py or the whole module as the source pickles it. Raises
-    InputError like load_mae.
-    """
-    content = read_checkpoint(path)
-    try:
-        weights, told = weights_from(content, "ViT_Classifier", path)
-        told = {"encoder_head": 3} | told
-        classes = content.get("classes") if isinstance(content, dict) else None
-        # Its parts have the names that they have in MAE_ViT's encoder, but for the prefix.
-        renamed = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-        architecture = infer_architecture(renamed, path, "ViT_Classifier")
-        del architecture["decoder_layer"]
-        architecture["num_classes"] = len(weights["head.bias"])
-        check_told(architecture, told, path)
-        return fill(new_classifier, architecture, weights, path), architecture, classes
-    except InputError:
-        raise
-    except Exception as error:  # nothing is known of the values in the file
-        raise InputError(f"{path} does not hold a ViT_Classifier: {error}") from error
-
-
-def new_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
-    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
-    return ViT_Classifier(encoder, num_classes)
-
-
-def weights_from(content, kind, path):
-    """state_dict, what the file tells of sizes: of our files, bare state_dicts, pickled modules."""
-    told = {}
-    if isinstance(content, InertModule):
-        weights, told = unpack_module(content, kind, path)
-    elif isinstance(content, dict) and "model" in content:
-        if content.get("kind") != kind:
-            raise InputError(f"{path} holds no {kind} but: {str(content.get('kind'))[:40]}")
-        weights, told = content["model"], content["architecture"]
-    else:
-        weights = content
-    return {str(name).removeprefix("module."): x for name, x in weights.items()}, told
-
-
-def check_told(architecture, told, path):
-    """Add to the architecture what only the file tells; raise InputError where the two differ."""
-    for name, value in told.items():
-        if type(value) is not (float if name == "mask_ratio" else int) or value < 0:
-            raise InputError(f"{path} gives a {name} that is none")
-        if architecture.setdefault(name, value) != value:
-            raise InputError(f"{path} gives {name} as {value}, its weights {architecture[name]}")
-
-
-def fill(make, architecture, weights, path):
-    """make(**architecture) with the weights, if they are the right ones."""
-    with torch.device("meta"):  # shapes only
-        expected = make(**architecture).state_dict()
-    check_weights(weights, expected, path)
-    model = make(**architecture)
-    model.load_state_dict(weights)
-    return model
-
-
-def unpack_module(module, kind, path):
-    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> state_dict, told sizes."""
-    weights, seen = {}, set()
-
-    def walk(module, prefix):
-        if id(module) in seen:
-            raise InputError(f"{path} holds a module that contains another twice")
-        seen.add(id(module))
-        for name, tensor in getattr(module, "_parameters", {}).items():
-            if tensor is not None:
-                weights[prefix + name] = tensor
-        for name, child in getattr(module, "_modules", {}).items():
-            walk(child, f"{prefix}{name}.")
-
+def unpack_module(module):
+    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> content of a model file."""
     module = module._modules.get("module", module)
-    if ("encoder" if kind == "MAE_ViT" else "head") not in module._modules:
-        raise InputError(f"{path} holds a module, but not {kind}")
-    walk(module, "")
+    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
     encoder = module._modules.get("encoder", module)
-    block = encoder._modules["transformer"]._modules["0"]._modules
-    if (eps := block["norm1"].eps) != 1e-5:
-        say(f"warning: {path} has LayerNorm eps {eps}: with 1e-05, its features differ a little")
-    told = {"encoder_head": block["attn"].num_heads}
+    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
     if kind == "MAE_ViT":
-        decoder = module._modules["decoder"]._modules["transformer"]._modules["0"]._modules
-        told["decoder_head"] = decoder["attn"].num_heads
-        told["mask_ratio"] = encoder._modules["shuffle"].ratio
-    return weights, told
-
-
-def infer_architecture(weights, path, kind="MAE_ViT"):
-    """The sizes of MAE_ViT that shapes and names tell."""
-
-    def shape(name, dimensions):
-        tensor = weights.get(name)
-        if not is_plain(tensor) or tensor.dim() != dimensions:
-            raise InputError(f"{path} does not hold the weights of {kind}: no fitting {name}")
-        return tensor.shape
-
-    def layers(part):
-        names = (name.split(".") for name in weights if name.startswith(f"{part}.transformer."))
-        return len({name[2] for name in names})
-
-    num_patches, _, emb_dim = shape("encoder.pos_embedding", 3)
-    patch_size = shape("encoder.patchify.weight", 4)[-1]
-    return {
-        "image_size": math.isqrt(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "emb_dim": emb_dim,
-        "encoder_layer": layers("encoder"),
-        "decoder_layer": layers("decoder"),
-    }
-
-
-def is_plain(tensor):
-    """A dense floating-point tensor that claims no more elements than its storage has."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and tensor.device.type != "meta"
-        and tensor.nbytes <= tensor.untyped_storage().nbytes()
-    )
-
-
-def check_weights(weights, expected, path):
-    """Raise InputError naming a tensor that is missing, unexpected, misshapen or not finite."""
-    for name in [*expected, *weights]:
-        tensor = weights.get(name)
-        if name not in weights:
-            raise InputError(f"{path} lacks {name}")
-        if name not in expected:
-            raise InputError(f"{path} has {name}, which does not belong there")
-        if not is_plain(tensor):
-            raise InputError(f"{path}: {name} is no tensor of floating-point numbers")
-        shapes = tuple(tensor.shape), tuple(expected[name].shape)
-        if shapes[0] != shapes[1]:
-            raise InputError(f"{path}: {name} has shape {shapes[0]} where {shapes[1]} is expected")
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} has values that are not finite")
+        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
+        architecture["mask_ratio"] = encoder.shuffle.ratio
+    weights = dict(module.named_parameters())
+    return {"kind": kind, "model": weights, "architecture": architecture}
 
 
 def build(module_class, *sizes, **named_sizes):
@@ -1178,36 +824,46 @@ def build(module_class, *sizes, **named_sizes):
         raise InputError(str(error)) from error
 
 
-def to_timm(model):
-    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
+def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
+    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
+    return ViT_Classifier(encoder, num_classes)
 
-    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
-    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
+
+def load_model(path, kind):
+    """Read a model file -> model, its architecture, the file's whole content.
+
+    kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
+    whole module as the source pickles it. A bare state_dict does not tell the number of heads and
+    the mask ratio: they are taken to be 3 and 0.75. Raises InputError if the file holds no such
+    model, or its tensors have not the names and shapes of one or are not finite.
     """
-    names = {
-        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
-        "layer_norm": "norm",
-    }  # fmt: skip
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        first, *rest = name.split(".")
-        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
-    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
-    num_patches, patch_size = weights["pos_embed"].shape[1], model.patchify.kernel_size[0]
-    return weights, {
-        "img_size": math.isqrt(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": weights["pos_embed"].shape[2],
-        "depth": len(model.transformer),
-        "num_heads": model.transformer[0].attn.num_heads,
-        "num_classes": len(weights["head.bias"]) if "head.bias" in weights else 0,
-        "qkv_bias": False,
-        "no_embed_class": True,
-        "norm_layer": torch.nn.LayerNorm,
-    }
+    content = read_checkpoint(path)
+    try:
+        if isinstance(content, InertModule):
+            content = unpack_module(content)
+        elif "model" not in content:
+            content = {"kind": kind, "model": content}
+        if content.get("kind") != kind:
+            raise InputError(f"{path} is not a file of {kind}: its kind is {content.get('kind')}")
+        weights = {name.removeprefix("module."): x for name, x in content["model"].items()}
+        # Sizes are those of the tensors, whatever the file claims.
+        told = {"encoder_head": 3} | content.get("architecture", {})
+        architecture = told | architecture_of(weights)
+        with torch.device("meta"):  # no memory: the weights are those of the file
+            model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
+        model.load_state_dict(weights, assign=True)
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {name} has values that are not finite")
+    except InputError:
+        raise
+    except Exception as error:  # nothing is known of the values in the file
+        raise InputError(f"{path} does not hold the weights of {kind}: {error!r}") from error
+    return model.float(), architecture, content
 
 
-# ----------------------------------------------------------------------- curves, sums, progress
+# --------------------------------------------------------------------------- curves and progress
+# TensorBoard and the terminal; Run makes Curves and Progress, main writes to them.
 
 
 def new_run_folder(*parts):
@@ -1225,166 +881,113 @@ def new_run_folder(*parts):
 
 
 class Curves:
-    """A run's TensorBoard events, in files whose lengths are known: {file: bytes}.
+    """A run's TensorBoard events. Only process 0 has them; in others folder is None.
 
-    With the lengths in its state, a resumed run cuts off what it is about to write again. The
-    thread of SummaryWriter does not tell them, and one that meets a full disk lets its run hang.
+    Every writer begins with purge_step: of what an interrupted run wrote from that epoch on,
+    TensorBoard then shows only the resumed run's. SummaryWriter.add_scalars would not pass it on,
+    so curves that share a chart have their writers, and folders, here.
     """
 
-    def __init__(self, folder, lengths=None, step=0):
-        self.folder, self.lengths, self.pending = folder, dict(lengths or {}), []
-        self.name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        if lengths is not None and rank() == 0:
-            self.cut()
-            # Tell a TensorBoard that is looking on to forget what it has seen from this step on.
-            start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-            for part in {os.path.dirname(file) for file in lengths}:
-                self.pending.append((part, start))
+    def __init__(self, folder):
+        self.folder, self.writers = folder, {}
+        # A writer's thread prints a traceback of the OSError that it also passes on to write().
+        threading.excepthook = lambda args: (
+            isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
+        )
 
-    def cut(self):
-        """Shorten every file to its known length; remove files that are not known."""
-        for where, _, files in os.walk(self.folder):
-            for file in files:
-                path = os.path.join(where, file)
-                length = self.lengths.get(os.path.relpath(path, self.folder), 0)
-                with contextlib.suppress(OSError):
-                    if not file.startswith("events.out.tfevents."):
-                        continue
-                    if length == 0:
-                        os.remove(path)
-                    elif os.path.getsize(path) > length:
-                        os.truncate(path, length)
-
-    def add_scalar(self, tag, value, step, part=""):
-        self.add(part, summary.scalar(tag, value), step)
-
-    def add_scalars(self, tag, values, step):
-        """Several curves in one chart, each in a folder of its own, as SummaryWriter names them."""
-        for name, value in values.items():
-            self.add_scalar(tag, value, step, f"{tag.replace('/', '_')}_{name}")
-
-    def add_image(self, tag, picture, step):
-        self.add("", summary.image(tag, picture, dataformats="CHW"), step)
-
-    def add(self, part, values, step):
-        if rank() == 0:
-            self.pending.append((part, Event(wall_time=time.time(), step=step, summary=values)))
-
-    def flush(self):
-        """Write what is pending. If that fails, warn, undo what was written of it, and keep it."""
-        lengths = dict(self.lengths)
+    def write(self, epoch, scalars, images=None):
+        """scalars: {tag: value, or {name: value} for several curves in a chart}; images: {tag: img
+        [3,H,W] in [0, 1]}. If the disk is full, warn and lose them."""
+        if self.folder is None:
+            return
         try:
-            for part in sorted({part for part, _ in self.pending}):
-                os.makedirs(os.path.join(self.folder, part), exist_ok=True)
-                name = os.path.join(part, self.name)
-                with open(os.path.join(self.folder, name), "ab") as file:
-                    writer = RecordWriter(file)
-                    if file.tell() == 0:
-                        version = Event(wall_time=time.time(), file_version="brain.Event:2")
-                        writer.write(version.SerializeToString())
-                    for event in (event for where, event in self.pending if where == part):
-                        writer.write(event.SerializeToString())
-                    writer.flush()
-                    lengths[name] = file.tell()
+            for tag, value in scalars.items():
+                curves = value if isinstance(value, dict) else {None: value}
+                for name, number in curves.items():
+                    part = f"{tag.replace('/', '_')}_{name}" if name else ""
+                    self.writer(part, epoch).add_scalar(tag, number, epoch)
+            for tag, img in (images or {}).items():
+                self.writer("", epoch).add_image(tag, img, epoch)
+            for writer in self.writers.values():
+                writer.flush()
         except OSError as error:
-            say(f"warning: cannot write curves: {error.strerror}; will try again")
-            self.cut()
-        else:
-            self.lengths, self.pending = lengths, []
+            print_rank_0(f"warning: cannot write the curves of epoch {epoch + 1}: {error.strerror}")
+            self.writers.clear()  # a writer that has failed stays so
 
-    def sync(self):
-        """Put on the disk what is in its cache, so that a power cut does not take it."""
-        for name in self.lengths:
-            with contextlib.suppress(OSError), open(os.path.join(self.folder, name), "ab") as file:
-                os.fsync(file.fileno())
+    def writer(self, part, epoch):
+        if part not in self.writers:
+            folder = os.path.join(self.folder, part)
+            self.writers[part] = SummaryWriter(folder, purge_step=epoch)
+        return self.writers[part]
+
+    def close(self):
+        for writer in self.writers.values():
+            writer.close()
 
 
 class Progress:
-    """An epoch's bar, and sums over its pictures kept on the device so that no step waits for them.
+    """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
 
-    In front the number of pictures, behind the gradients' norms and the number of updates with
-    finite sums. What is not finite stays in its sum, so that number tells the first bad update.
-    The bar, on a terminal only, shows means by the sums that have arrived on the host by then.
-    Each process sums over its own pictures.
+    In front is the number of images, then a sum for each name. The bar, on a terminal only, shows
+    means by the sums that have reached the host by then. Each process sums over its own images.
     """
 
-    def __init__(self, device, names, epoch=0, lr=0.0, resumed=(), **bar):
-        self.names, self.epoch, self.lr = names, epoch, lr
-        sums = torch.tensor(resumed or [0.0] * (len(names) + 3), dtype=torch.float64)
-        if len(sums) != len(names) + 3:
-            raise InputError("the state of the run does not fit this script")
-        self.begun, self.start = sums[0].item(), time.perf_counter()
+    def __init__(self, device, names, sums=(), **bar):
+        self.names, self.start = names, time.perf_counter()
+        sums = torch.tensor(sums or [0.0] * (1 + len(names)), dtype=torch.float64)
+        self.images_before = sums[0].item()
         if rank() > 0:  # what was summed before an interruption counts once
-            sums[:-2] = 0
+            sums.zero_()
         self.sums = to_device(sums, device)
-        self.host = sums.pin_memory() if device.type == "cuda" else sums.clone()
+        self.host_sums = sums.pin_memory() if device.type == "cuda" else sums.clone()
         hidden = True if rank() > 0 else None  # None: unless on a terminal
-        style = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": hidden}
-        self.bar = tqdm(initial=int(self.begun), **style, **bar)
+        bar |= {"unit": "img", "mininterval": 0.3, "leave": False, "disable": hidden}
+        self.bar = tqdm(initial=int(self.images_before), **bar)
 
-    def __enter__(self):
-        return self
+    def add(self, num_images, *sums):
+        """Add a micro-batch: its size, and its summed values in the order of names."""
+        self.sums[0] += num_images
+        self.sums[1:] += torch.stack(sums)
+        self.bar.update(min(num_images * world_size(), (self.bar.total or 0) - self.bar.n))
 
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def add(self, pictures, *sums):
-        """Add a micro-batch: how many pictures, and their summed values in the order of names."""
-        self.sums[0] += pictures
-        self.sums[1:-2] += torch.stack(sums)
-        self.bar.update(min(pictures * world_size(), (self.bar.total or 0) - self.bar.n))
-
-    def end_update(self, parameters):
-        """Raises InputError once it is known that a loss or gradient was not finite."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.sums[-2] += torch.nn.utils.get_total_norm(gradients)
-        self.sums[-1] += self.sums.isfinite().all()
-        self.host.copy_(self.sums, non_blocking=True)  # a GPU is not waited for: it may come late
-        pictures, *sums = self.check(self.host.tolist())
-        means = zip(self.names, sums, strict=False)
-        means = {k: f"{x / max(pictures, 1):.4f}" for k, x in means}
+    def end_update(self):
+        """Show the means in the bar. A GPU is not waited for: its sums may come an update late."""
+        self.host_sums.copy_(self.sums, non_blocking=True)
+        num_images, *sums = self.host_sums.tolist()
+        means = zip(self.names, sums, strict=True)
+        means = {name: f"{x / max(num_images, 1):.4f}" for name, x in means}
         self.bar.set_postfix(means, refresh=False)
 
-    def check(self, sums):
-        if not all(map(math.isfinite, sums)):
-            raise InputError(
-                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, update "
-                f"{sums[-1] + 1:.0f}, at learning rate {self.lr:.2e}; the files are those of the "
-                "last good state. Try --resume with --precision fp32, or a new run with a lower "
-                "--base_learning_rate or more --warmup_epoch"
-            )
-        return sums
-
     def read(self):
-        """The sums over all processes, for the state. Raises InputError if they are not finite."""
-        sums = self.sums.clone()
-        sum_over_processes(sums[:-2])  # norms and updates are the same in all
-        return self.check(sums.tolist())
+        """The sums over all processes."""
+        return reduce_over_processes(self.sums.clone()).tolist()
 
     def mean(self):
-        """{name: mean over the pictures}. Also sets per_second. Raises InputError like read."""
-        pictures, *sums = self.read()
-        self.per_second = (pictures - self.begun) / (time.perf_counter() - self.start)
-        return {k: x / pictures for k, x in zip(self.names, sums, strict=False)}
+        """Close the bar -> {name: mean over the images}. Also sets per_second."""
+        self.bar.close()
+        num_images, *sums = self.read()
+        self.per_second = (num_images - self.images_before) / (time.perf_counter() - self.start)
+        return {name: x / num_images for name, x in zip(self.names, sums, strict=True)}
 
 
-def describe_run(args, chosen, model, pictures, folder):
+def describe_run(args, chosen, model, dataset, folder):
     """Print once what this run is."""
-    libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = f"{len(pictures.train_images):,} training, {len(pictures.val_images):,} validation"
-    say(f"arguments: {', '.join(f'{name} {value}' for name, value in vars(args).items())}")
-    say(f"libraries: {libraries}")
-    say(f"chosen:    {', '.join(f'{name} {value}' for name, value in chosen.items())}")
-    say(f"model:     {type(model).__name__}, {parameters:,} parameters")
-    say(f"pictures:  {args.dataset}, {sizes}")
-    say(f"curves:    {folder}")
+    sizes = f"{len(dataset.train_images):,} training, {len(dataset.val_images):,} validation images"
+    print_rank_0(f"arguments: {', '.join(f'{name} {value}' for name, value in vars(args).items())}")
+    print_rank_0(f"libraries: {', '.join(f'{name} {value}' for name, value in VERSIONS.items())}")
+    print_rank_0(f"chosen:    {', '.join(f'{name} {value}' for name, value in chosen.items())}")
+    print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
+    print_rank_0(f"dataset:   {args.dataset}, {sizes}")
+    print_rank_0(f"curves:    {folder}")
 
 
-# ----------------------------------------------------------------------------- stop and resume
+# ---------------------------------------------------------------------------- stop and resume
+# A run can be interrupted anywhere and goes on to the same result; main makes a Run and calls it
+# at every update and epoch, --resume reads the state that it saves.
 
 # Arguments that may change when a run is resumed: they do not change its result.
-LAYOUT = {
+MAY_CHANGE_ON_RESUME = {
     "compile", "data_path", "demo", "device", "log_dir", "max_device_batch_size", "model_path",
     "output_model_path", "precision", "resume", "save_minutes",
 }  # fmt: skip
@@ -1395,31 +998,35 @@ def state_path(model_path):
     return "{}.state{}".format(*os.path.splitext(model_path))
 
 
-def resume_args(parser, argv, args, output):
-    """The arguments of the run whose state lies beside the model file, and those of argv in LAYOUT.
+def read_state(path):
+    """The content of a state file. Raises InputError if there is none or it cannot be resumed."""
+    if not os.path.isfile(path):
+        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or "fingerprint" not in state:  # older ones have none
+        raise InputError(
+            f"{path} is not a state of this version: resume it with the version that wrote it, "
+            "or start the run without --resume"
+        )
+    return state
 
-    Raises InputError if there is no such run, or if argv would change it, naming each difference.
+
+def resume_args(parser, argv, args, output):
+    """The arguments of the run whose state lies beside the model file, changed as argv asks.
+
+    Raises InputError if there is no such run, or if argv would change its result, naming each
+    difference.
     """
     model_path = getattr(args, output)
     path = state_path(model_path)
     saved = read_state(path)["args"]
     if vars(args).keys() != saved.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
-    for action in parser._actions:  # what the command line would refuse is refused here too
-        value = saved.get(action.dest)
-        try:
-            fits = type(value) in (bool, int, float, str, type(None))
-            fits = fits and (value is None or not action.type or action.type(str(value)) == value)
-            fits = fits and (not action.choices or value in action.choices)
-        except (ValueError, argparse.ArgumentTypeError):
-            fits = False
-        if not fits:
-            raise InputError(f"{path} has a --{action.dest} that is none")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     differences = [
         f"--{name} {value} (it has {saved[name]})"
         for name, value in vars(args).items()
-        if name not in LAYOUT and value != saved[name]
+        if value != saved[name] and name not in MAY_CHANGE_ON_RESUME
     ]
     if differences:
         raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
@@ -1427,176 +1034,123 @@ def resume_args(parser, argv, args, output):
     return args
 
 
-STATE = {
-    "args": dict, "epoch": int, "update": int, "sums": list, "results": dict, "model": dict,
-    "optim": dict, "pictures": int, "folder": str, "lengths": dict, "unwritten": dict,
-}  # fmt: skip
-
-
-def read_state(path):
-    """The content of a state file. Raises InputError if there is none or it is none."""
-    if not os.path.isfile(path):
-        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
-    state = read_checkpoint(path)
-    fits = isinstance(state, dict) and all(isinstance(state.get(k), STATE[k]) for k in STATE)
-    if fits and state["update"]:  # within an epoch there are sums of it
-        fits = len(state["sums"]) > 3 and all(type(x) is float for x in state["sums"])
-    fits = fits and type(total := state["args"].get("total_epoch")) is int
-    fits = (
-        fits and (0, 0) <= (state["epoch"], state["update"]) <= (total, 0) and state["update"] >= 0
-    )
-    fits = fits and all(type(x) is int for x in state["lengths"].values())
-    fits = fits and all(isinstance(x, dict) for x in state["results"].values())
-    fits = fits and all(isinstance(x, torch.Tensor) for x in state["unwritten"].values())
-    if not fits:
-        raise InputError(f"{path} is not the state of a run")
-    return state
-
-
-class StopSignal:
-    """Notes SIGINT or SIGTERM, so that work in hand can be finished. A second one stops at once.
-
-    Not under torchrun, which passes signals on that its processes may have got already, and loses
-    patience itself, after 30 seconds.
-    """
-
-    number = None
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, _):
-        self.number = number
-        if world_size() > 1:
-            return
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # not print: the signal may have come in one
-            os.write(2, b"\nstopping after this update; once more to stop at once\n")
+def set_aside(path):
+    """Rename the state of an unfinished run, which a new one would overwrite."""
+    with contextlib.suppress(InputError, KeyError, TypeError):  # there is none, or it is damaged
+        state = read_checkpoint(path)
+        if (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
+            names = (f"{path}-{i}" for i in itertools.count(2))
+            other = next(name for name in names if not os.path.exists(name))
+            os.rename(path, other)
+            print_rank_0(f"warning: {path} held an unfinished run: renamed to {other}")
 
 
 class Run:
-    """Where a run stands, and what it has on the disk: curves, model file, and a state to resume.
+    """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
 
     The state is small because all that a run draws at random is a function of its seed, epoch and
-    update (see `generator`): weights, optimizer, two counters, the sums of the epoch in hand.
+    update (see `generator`): weights, optimizer, two counters, the sums of the current epoch.
     """
 
     def __init__(self, args, name, model_path, model, optim, fingerprint):
-        self.args, self.model, self.optim = args, model, optim
-        self.model_path, self.path = model_path, state_path(model_path)
-        self.files, self.stop, self.told = Files(), StopSignal(), 0
-        self.fingerprint = fingerprint
+        self.args, self.model, self.optim, self.fingerprint = args, model, optim, fingerprint
+        self.path, self.folder = state_path(model_path), None
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
-        self.saved, self.saved_at, self.cost = None, time.perf_counter(), 0.0
+        self.files = {}  # path -> bytes of model files to write with the next state
+        self.signal = self.stop_signal = 0  # of this process; of any process
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         if args.resume:
-            self.restore(read_state(self.path))
+            self.restore()
         elif rank() == 0:
-            self.set_aside()
-            self.curves = Curves(new_run_folder(args.log_dir, args.dataset, name))
-        else:
-            self.curves = Curves(None)
-        same = {f"--{k}": v for k, v in vars(args).items() if k not in LAYOUT}
-        check_alike(
-            **same, epoch=self.epoch, update=self.update, weights=checksum(*model.parameters())
-        )
+            set_aside(self.path)
+            self.folder = new_run_folder(args.log_dir, args.dataset, name)
+        self.curves = Curves(self.folder if rank() == 0 else None)
+        weights = checksum(*model.parameters())
+        check_same_settings(epoch=self.epoch, update=self.update, weights=weights)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note_signal)
+        if not args.resume:
+            self.save()
 
-    def restore(self, state):
-        if state["pictures"] != self.fingerprint:
-            raise InputError(f"these are not the pictures with which the run of {self.path} began")
-        check_weights(state["model"], self.model.state_dict(), self.path)
-        self.model.load_state_dict(state["model"])
+    def restore(self):
+        """Take up the saved run. Raises InputError if its dataset or model is another."""
+        state = read_state(self.path)
+        if rank() == 0 and state["fingerprint"] != self.fingerprint:
+            raise InputError(f"these are not the images with which the run of {self.path} began")
         try:
+            self.model.load_state_dict(state["model"])
             self.optim.load_state_dict(state["optim"])
-            trained = [p for group in self.optim.param_groups for p in group["params"]]
-            for parameter in trained if state["epoch"] + state["update"] else ():
-                expected = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
-                check_weights(self.optim.state[parameter], expected, self.path)
-        except InputError:
-            raise
         except Exception as error:  # nothing is known of the values in the file
-            raise InputError(f"{self.path}: not this model's optimizer: {error}") from error
+            raise InputError(f"{self.path} does not fit this model: {error!r}") from error
         self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
-        self.results, self.saved = state["results"], (state["epoch"], state["update"])
-        self.curves = Curves(state["folder"], state["lengths"], self.epoch)
-        stem, extension = os.path.splitext(self.model_path)
-        for other in {extension, ".png"} & state["unwritten"].keys():
-            self.files.hold(stem + other, state["unwritten"][other].numpy().tobytes())
-        say(f"resumed:   after {self.epoch} epochs and {self.update} updates")
+        self.results, self.folder = state["results"], state["folder"]
+        print_rank_0(f"resumed:   after {self.epoch} epochs and {self.update} updates")
 
-    def set_aside(self):
-        """Rename the state of an unfinished run, which this one would overwrite."""
-        with contextlib.suppress(InputError):
-            state = read_state(self.path)
-            if (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
-                names = (f"{self.path}-{i}" for i in itertools.count(2))
-                other = next(name for name in names if not os.path.exists(name))
-                os.rename(self.path, other)
-                say(f"warning: {self.path} held an unfinished run: renamed to {other}")
+    def note_signal(self, number, _):
+        """Let the current update finish, then save and stop. A second signal stops at once.
 
-    def epochs(self):
-        """Yield the epochs that are left. The caller ends each with end_epoch."""
-        with self.stop:
-            if self.saved is None:
-                self.save()
-            while self.epoch < self.args.total_epoch:
-                yield self.epoch
-                self.leave_if_told()
+        Not under torchrun, which passes signals on that its processes may have got already, and
+        kills them itself after 30 seconds.
+        """
+        self.signal = number
+        if world_size() == 1:
+            signal.signal(number, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # not print: the signal may have come in one
+                os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
-    def progress(self, device, names, lr, pictures):
+    def start_epoch(self, device, names, num_images):
         """The bar and the sums of this epoch, those before an interruption included."""
         text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
-        bar = {"desc": text, "total": pictures}
-        self.sums = Progress(device, names, self.epoch, lr, self.resumed_sums, **bar)
-        return self.sums
+        self.progress = Progress(device, names, self.resumed_sums, desc=text, total=num_images)
+        return self.progress
 
     def updates(self, batches):
-        """Yield (update, batch) for what is left of the epoch; save between two when it is time."""
+        """Yield (update, batch) for what is left of the epoch; save between two when it is due."""
         for update, batch in enumerate(batches):
-            if update >= self.update:
-                yield update, batch
-                self.sums.end_update(self.model.parameters())
-                self.update = update + 1
-                since = time.perf_counter() - self.saved_at
-                if self.decide(since > 60 * self.args.save_minutes):
-                    self.save()
-                self.leave_if_told()
-
-    def decide(self, overdue):
-        """Whether to save now, by the clock of process 0; and whether any was told to stop."""
-        self.told, overdue = agree(self.stop.number or 0, overdue and rank() == 0)
-        return bool(overdue)
+            if update < self.update:
+                continue
+            yield update, batch
+            self.update = update + 1
+            self.progress.end_update()
+            self.check_finite(self.progress.host_sums)
+            if self.save_is_due(60 * self.args.save_minutes):
+                self.save()
 
     def end_epoch(self):
-        """Note that an epoch is done. True if its results are to be saved, by the caller, now.
+        """Note that an epoch is done. True if the caller is to save its results now.
 
-        Always after the last epoch, else if saving is cheap (2 % of the time since) or overdue.
+        Always after the last epoch, else if saving is cheap (2 % of the time since) or due.
         """
         self.epoch, self.update, self.resumed_sums = self.epoch + 1, 0, []
-        self.curves.flush()
-        since = time.perf_counter() - self.saved_at
-        overdue = self.decide(since > min(50 * self.cost, 60 * self.args.save_minutes))
-        return overdue or self.told or self.epoch == self.args.total_epoch
+        due = self.save_is_due(min(50 * self.save_seconds, 60 * self.args.save_minutes))
+        return due or self.epoch == self.args.total_epoch
+
+    def save_is_due(self, seconds):
+        """Whether process 0 saved that many seconds ago, or any process was told to stop."""
+        overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
+        largest = reduce_over_processes(torch.tensor([self.signal, overdue]), dist.ReduceOp.MAX)
+        self.stop_signal, overdue = largest.tolist()
+        return bool(self.stop_signal or overdue)
 
     def save(self):
-        """Write the files that are held, then the state. Raises InputError if the run diverged."""
+        """Write the model files and then the state; if told to stop, end the program.
+
+        Raises InputError if the run has diverged.
+        """
         begin = time.perf_counter()
-        sums = self.sums.read() if self.update else []
-        self.saved = self.epoch, self.update
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise InputError(
-                f"weights are not finite after epoch {self.epoch}; the files are those of the last "
-                "good state. Start a new run with a lower --base_learning_rate"
-            )
-        if rank() > 0:
-            return
-        self.files.write()
-        self.curves.sync()
-        state = {
+        sums = self.progress.read() if self.update else []
+        self.check_finite(torch.tensor(sums), *self.model.parameters())
+        if rank() == 0:
+            self.files.pop(self.path, None)
+            self.files[self.path] = to_bytes(self.state(sums))
+            self.write_files()
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - begin
+        if self.stop_signal:
+            self.leave()
+
+    def state(self, sums):
+        return {
             "args": vars(self.args),
             "epoch": self.epoch,
             "update": self.update,
@@ -1604,39 +1158,38 @@ class Run:
             "results": self.results,
             "model": self.model.state_dict(),
             "optim": self.optim.state_dict(),
-            "pictures": self.fingerprint,
-            "folder": self.curves.folder,
-            "lengths": self.curves.lengths,
-            # The model and the picture, by their extensions, if they could not be written yet.
-            "unwritten": {
-                os.path.splitext(path)[1]: torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                for path, content in self.files.unwritten.items()
-                if path != self.path
-            },
+            "fingerprint": self.fingerprint,
+            "folder": self.folder,
         }
-        self.files.hold(self.path, to_bytes(state))
-        self.files.write()
-        self.saved_at = time.perf_counter()
-        self.cost = self.saved_at - begin
 
-    def leave_if_told(self):
-        """After SIGINT or SIGTERM: save, say how to go on, end with status 130 or 143."""
-        if not self.told:
-            return
-        if self.saved != (self.epoch, self.update):
-            self.save()
+    def write_files(self):
+        """Write model files, then the state, which so never speaks of a file that is not there.
+
+        What fails is warned about, and written with the next state; after the last epoch it is an
+        InputError.
+        """
+        for path in list(self.files):
+            try:
+                write_file(path, self.files[path])
+            except InputError as error:
+                if self.epoch == self.args.total_epoch:
+                    raise
+                return print_rank_0(f"warning: {error}; will try again")
+            del self.files[path]
+
+    def check_finite(self, *tensors):
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise InputError(
+                f"loss or weights are not finite in epoch {self.epoch + 1}, update {self.update}, "
+                f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
+                "the last good state. Try --resume with --precision fp32, or a new run with a "
+                "lower --base_learning_rate or more --warmup_epoch"
+            )
+
+    def leave(self):
+        """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
         command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
         start = "python" if world_size() == 1 else "torchrun ..."
-        where = f"after {self.epoch} epochs and {self.update} updates"
-        lost = ", ".join(self.files.unwritten)
-        say(f"stopped {where}" + (f"; could not write {lost}" if lost else "") + "; to go on:")
-        say(f"    {start} {command}")
-        sys.exit(128 + self.told)
-
-    def close(self):
-        """Raises InputError if a file could not be written to the last."""
-        self.curves.flush()
-        self.files.write()
-        lost = [*self.files.unwritten, *([self.curves.folder] if self.curves.pending else [])]
-        if lost:
-            raise InputError(f"the run is over, but could not be written to {', '.join(lost)}")
+        print_rank_0(f"stopped after {self.epoch} epochs and {self.update} updates; to go on:")
+        print_rank_0(f"    {start} {command}")
+        sys.exit(128 + self.stop_signal)

@@ -68,8 +68,8 @@ def our_step(job, args, device, images, labels):
     with FlopCounterMode(display=False) as counter:
         module(*example).sum().backward()
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
-    micro_batch = utils.choose_part_size(args, device)
-    net, _ = utils.place(module, device, args, micro_batch, pictures=0)
+    micro_batch = utils.choose_micro_batch_size(args, device)
+    net, _ = utils.wrap_model(module, device, args, micro_batch, pictures=0)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images, labels = images.to(device), labels.to(device)
     progress = utils.Progress(device, names)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 
 import pytest
 import torch
@@ -23,15 +24,19 @@ CLASSIFY += ["--output_model_path", "cls.pth"]
 
 def few_shapes(image_size=32):
     train, val = utils.draw_shapes(90, image_size, 0), utils.draw_shapes(37, image_size, 1)
-    return utils.Pictures(*train, *val, list(utils.SHAPES))
+    return utils.Dataset(*train, *val, list(utils.SHAPES))
 
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
     """A test starts where a user starts: in a folder without runs. Fewer shapes are drawn."""
     monkeypatch.chdir(tmp_path)
-    pictures = few_shapes()
-    monkeypatch.setattr(utils, "read_shapes", lambda image_size: pictures)
+    dataset = few_shapes()
+    monkeypatch.setattr(utils, "read_shapes", lambda image_size: dataset)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():  # a run leaves its own behind, as its process ends
+        signal.signal(number, handler)
 
 
 def new_process(function, *args):

@@ -20,10 +20,10 @@ def load(dataset, path="data", image_size=32, train_images=None, need_classes=Tr
     args = argparse.Namespace(
         dataset=dataset, data_path=str(path), image_size=image_size, train_images=train_images
     )
-    return utils.load_pictures(args, CPU, need_classes)
+    return utils.load_dataset(args, CPU, need_classes)
 
 
-def save_picture(path, colour=(200, 100, 50), size=(40, 30), mode="RGB"):
+def save_image(path, colour=(200, 100, 50), size=(40, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path)
 
@@ -63,13 +63,13 @@ def test_cifar10_in_the_official_format(tmp_path, monkeypatch):
         {"label_names": classes},
         "labels",
     )
-    pictures = load("cifar10", tmp_path)
-    assert pictures.train_images.shape == (11, 3, 32, 32) and pictures.classes == classes
-    assert pictures.train_images.dtype == torch.uint8 and pictures.train_images.is_contiguous()
+    dataset = load("cifar10", tmp_path)
+    assert dataset.train_images.shape == (11, 3, 32, 32) and dataset.classes == classes
+    assert dataset.train_images.dtype == torch.uint8 and dataset.train_images.is_contiguous()
     data, labels = files["data_batch_2"]  # rows are 1,024 red, 1,024 green, 1,024 blue pixels
-    assert pictures.train_images[6 + 3, 1, 7, 9] == data[3, 1024 + 7 * 32 + 9]
-    assert pictures.train_labels[6:].tolist() == labels
-    assert pictures.val_labels.tolist() == files["test_batch"][1]
+    assert dataset.train_images[6 + 3, 1, 7, 9] == data[3, 1024 + 7 * 32 + 9]
+    assert dataset.train_labels[6:].tolist() == labels
+    assert dataset.val_labels.tolist() == files["test_batch"][1]
 
 
 def test_cifar100_in_the_official_format(tmp_path, monkeypatch):
@@ -81,8 +81,8 @@ def test_cifar100_in_the_official_format(tmp_path, monkeypatch):
         {"fine_label_names": [str(i) for i in range(100)]},
         "fine_labels",
     )
-    pictures = load("cifar100", tmp_path)
-    assert pictures.train_labels.tolist() == files["train"][1] and len(pictures.classes) == 100
+    dataset = load("cifar100", tmp_path)
+    assert dataset.train_labels.tolist() == files["train"][1] and len(dataset.classes) == 100
 
 
 def test_damaged_cifar10_is_refused_by_its_md5(tmp_path, monkeypatch):
@@ -119,58 +119,58 @@ def test_folder_with_classes(tmp_path):
     for i, name in enumerate(["b é", "a"]):
         for part, n in (("train", 3), ("val", 2)):
             for k in range(n):
-                save_picture(tmp_path / part / name / f"{k}.png", (i * 200, 10, 10 * k))
-    pictures = load("folder", tmp_path, image_size=16)
-    assert pictures.classes == ["a", "b é"]
-    assert pictures.train_images.shape == (6, 3, 16, 16)
-    assert pictures.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert pictures.train_images[:, :, 8, 8].tolist() == [
+                save_image(tmp_path / part / name / f"{k}.png", (i * 200, 10, 10 * k))
+    dataset = load("folder", tmp_path, image_size=16)
+    assert dataset.classes == ["a", "b é"]
+    assert dataset.train_images.shape == (6, 3, 16, 16)
+    assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.train_images[:, :, 8, 8].tolist() == [
         [i * 200, 10, 10 * k] for i in (1, 0) for k in range(3)
     ]
-    assert pictures.val_labels.tolist() == [0, 0, 1, 1]
+    assert dataset.val_labels.tolist() == [0, 0, 1, 1]
 
 
 def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
-    picture = np.zeros((64, 128, 3), np.uint8)
-    picture[:, 32:96] = 255  # the middle half is white, and the crop is the middle half
+    img = np.zeros((64, 128, 3), np.uint8)
+    img[:, 32:96] = 255  # the middle half is white, and the crop is the middle half
     (tmp_path / "train").mkdir()
-    Image.fromarray(picture).save(tmp_path / "train" / "x.png")
-    pictures = load("folder", tmp_path, image_size=32, need_classes=False)
-    assert (pictures.train_images[0, :, :, 2:30] == 255).all()
+    Image.fromarray(img).save(tmp_path / "train" / "x.png")
+    dataset = load("folder", tmp_path, image_size=32, need_classes=False)
+    assert (dataset.train_images[0, :, :, 2:30] == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
 def test_folder_reads_other_colour_modes(tmp_path, mode):
     name = "x.tif" if mode == "CMYK" else "x.png"
-    save_picture(tmp_path / name, (255, 255, 255), mode=mode)
+    save_image(tmp_path / name, (255, 255, 255), mode=mode)
     assert load("folder", tmp_path, need_classes=False).train_images.shape == (1, 3, 32, 32)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     grey = np.full((40, 40), 30000, np.uint16)
     Image.fromarray(grey).save(tmp_path / "x.png")
-    pictures = load("folder", tmp_path, need_classes=False)
-    assert (pictures.train_images == 30000 // 257).all()
+    dataset = load("folder", tmp_path, need_classes=False)
+    assert (dataset.train_images == 30000 // 257).all()
 
 
-def test_validation_pictures_alone_are_not_trained_on(tmp_path):
-    save_picture(tmp_path / "val" / "a" / "1.png")
-    with pytest.raises(utils.InputError, match="no train/"):
+def test_validation_images_alone_are_not_trained_on(tmp_path):
+    save_image(tmp_path / "val" / "a" / "1.png")
+    with pytest.raises(utils.InputError, match="needs .*/train/"):
         load("folder", tmp_path, need_classes=False)
 
 
-def test_folder_of_pictures_without_classes(tmp_path):
+def test_folder_of_images_without_classes(tmp_path):
     for k in range(20):
-        save_picture(tmp_path / "deep" / str(k % 2) / f"{k}.jpg")
-    pictures = load("folder", tmp_path, need_classes=False)
-    assert len(pictures.train_images) == 20
-    assert torch.equal(pictures.val_images, pictures.train_images[:16])
+        save_image(tmp_path / "deep" / str(k % 2) / f"{k}.jpg")
+    dataset = load("folder", tmp_path, need_classes=False)
+    assert len(dataset.train_images) == 20
+    assert torch.equal(dataset.val_images, dataset.train_images[:16])
     with pytest.raises(utils.InputError, match="train/<class>"):
         load("folder", tmp_path)
 
 
-def test_broken_picture_is_named(tmp_path):
-    save_picture(tmp_path / "train" / "fine.png")
+def test_broken_image_is_named(tmp_path):
+    save_image(tmp_path / "train" / "fine.png")
     content = (tmp_path / "train" / "fine.png").read_bytes()
     (tmp_path / "train" / "torn.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(utils.InputError, match="torn.png"):
@@ -190,7 +190,7 @@ def test_missing_and_empty_folders(tmp_path):
 
 def test_class_that_training_does_not_know(tmp_path):
     for path in ("train/a/1.png", "train/b/1.png", "test/b/1.png", "test/c/1.png"):
-        save_picture(tmp_path / path)
+        save_image(tmp_path / path)
     with pytest.raises(utils.InputError, match="'c'"):
         load("folder", tmp_path)
     os.remove(tmp_path / "test/c/1.png")
@@ -205,7 +205,7 @@ def test_shapes_are_a_function_of_the_seed():
     again, other = utils.draw_shapes(200, 32, seed=0), utils.draw_shapes(200, 32, seed=1)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     rows = {image.numpy().tobytes() for image in torch.cat([images, other[0]])}
-    assert len(rows) == 400  # no picture twice: validation is drawn from another seed
+    assert len(rows) == 400  # no image twice: validation is drawn from another seed
 
 
 def test_shapes_of_one_kind_differ_and_kinds_differ_in_form():
@@ -222,12 +222,29 @@ def test_shapes_of_one_kind_differ_and_kinds_differ_in_form():
     assert distance.min() > 0.5
 
 
-def test_train_images_are_spread_over_the_classes():
+def test_train_images_are_spread_over_the_classes(monkeypatch):
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2)
     labels = torch.tensor([0] * 30 + [1] * 10 + [2] * 20)
-    pictures = utils.Pictures(images, labels, images[:4], labels[:4], ["a", "b", "c"])
-    few = utils.take_train_images(pictures, 6)
+    dataset = utils.Dataset(images, labels, images[:4], labels[:4], ["a", "b", "c"])
+    monkeypatch.setattr(utils, "read_shapes", lambda image_size: dataset)
+    few = load("shapes", train_images=6)
     assert few.train_labels.bincount().tolist() == [3, 1, 2]
     assert few.train_images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
     with pytest.raises(utils.InputError, match="only 60"):
-        utils.take_train_images(pictures, 61)
+        load("shapes", train_images=61)
+
+
+def test_too_many_images_are_refused_before_one_is_read(tmp_path, monkeypatch):
+    save_image(tmp_path / "1.png")
+    files = [(str(tmp_path / "1.png"), 0)] * 10**5
+    monkeypatch.setattr(utils, "list_images", lambda *_: (files, [""]))
+    monkeypatch.setattr(utils, "decode", lambda *_: pytest.fail("an image was read"))
+    with pytest.raises(utils.InputError, match="100,016 images of 99999x99999 take .* GB.*lower"):
+        load("folder", tmp_path, image_size=99999, need_classes=False)
+    # Each process of a machine has a copy: what fits once may not fit several times.
+    with open("/proc/meminfo") as file:
+        free = int(file.read().split("MemAvailable:")[1].split()[0]) * 1024
+    utils.check_memory(int(free / 3072 * 0.7), 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(utils.InputError, match="images of 32x32 take .* GB .*--image_size"):
+        utils.check_memory(int(free / 3072 * 0.7), 32)

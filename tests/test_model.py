@@ -104,7 +104,7 @@ def test_shuffle_unshuffle_and_mask_agree_with_loops():
                         torch.testing.assert_close(predicted_img[where], value, atol=1e-5, rtol=0)
 
 
-def test_patches_come_back_as_the_picture_they_were_cut_from():
+def test_patches_come_back_as_the_image_they_were_cut_from():
     decoder, img = MAE_ViT(**TINY).decoder, torch.randn(2, 3, 16, 16)
     cut = torch.nn.functional.unfold(img, 4, stride=4)  # [B, 3*4*4 in (c p1 p2) order, T]
     assert torch.equal(decoder.patch2img(cut.permute(2, 0, 1)), img)

@@ -1,12 +1,17 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
+import json
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
+import sys
 import time
+import urllib.parse
+import urllib.request
 
 import pytest
 import torch
@@ -22,7 +27,6 @@ from conftest import (
     same_weights,
     scalars,
 )
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import mae_pretrain
 import train_classifier
@@ -67,21 +71,52 @@ def curves(folder):
                     values = [(e.step, e.value) for e in accumulator.Scalars(tag)]
                     found[part, tag] = values
             for tag in accumulator.Tags()["images"]:
-                pictures = [(e.step, e.encoded_image_string) for e in accumulator.Images(tag)]
-                found[part, tag] = pictures
+                values = [(e.step, e.encoded_image_string) for e in accumulator.Images(tag)]
+                found[part, tag] = values
     return found
 
 
 def all_steps_once(folder, epochs):
-    """No step doubled, none missing, read from the files without TensorBoard's own clean-up."""
-    for where, _, files in os.walk(folder):
-        steps = {}
-        for file in files:
-            for event in EventFileLoader(os.path.join(where, file)).Load():
-                for value in event.summary.value:
-                    steps.setdefault(value.tag, []).append(event.step)
-        for tag, found in steps.items():
-            assert sorted(found) == list(range(epochs)), (where, tag)
+    """Every curve and image of a run has every step once."""
+    found = curves(folder)
+    assert found
+    for name, values in found.items():
+        assert [step for step, _ in values] == list(range(epochs)), name
+
+
+def steps_in_tensorboard(folder, load_fast):
+    """What a TensorBoard server shows of a folder of runs: {(run, tag): steps}."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
+    command += [f"--load_fast={load_fast}", "--samples_per_plugin=scalars=1000,images=1000"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(what, **query):
+        url = f"http://127.0.0.1:{port}/data/plugin/{what}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)
+
+    try:
+        end, found = time.monotonic() + 60, {}
+        while not found:  # until it is up and has read the files
+            assert time.monotonic() < end and server.poll() is None
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                found = {
+                    (run, tag): [step for _, step, _ in ask("scalars/scalars", run=run, tag=tag)]
+                    for run, tags in ask("scalars/tags").items()
+                    for tag in tags
+                }
+        for run, tags in ask("images/tags").items():
+            for tag in tags:
+                images = ask("images/images", run=run, tag=tag, sample=0)
+                found[run, tag] = [image["step"] for image in images]
+        return found
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -96,6 +131,7 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     rng, state = random.Random(script), f"killed/{name}.state.pth"
     for kill in range(10):
         before = os.path.exists(state) and os.stat(state).st_mtime_ns
+        time.sleep(1 - time.time() % 1)  # event files of one second are not read in order
         process = start(script, [*flags, *["--resume"] * bool(before)], "killed")
         if kill % 3 < 2:  # most while it trains, some while it starts
             while (os.path.exists(state) and os.stat(state).st_mtime_ns) == before:
@@ -108,12 +144,19 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
         for file in os.listdir("killed"):
             if file.endswith(".pth"):
                 utils.read_checkpoint(f"killed/{file}")
+    time.sleep(1 - time.time() % 1)
     assert finish(script, [*flags, "--resume"], "killed") == 0
 
     same_weights(f"killed/{name}.pth", f"undisturbed/{name}.pth")
     folders = [f"{folder}/logs/shapes/{log}" for folder in ("killed", "undisturbed")]
     assert curves(folders[0]) == curves(folders[1])
     all_steps_once(folders[0], 30)
+    for load_fast in ("true", "false"):
+        shown = steps_in_tensorboard("killed/logs/shapes", load_fast)
+        parts = {os.path.normpath(os.path.join(log, part)) for part, _ in curves(folders[0])}
+        assert {run for run, _ in shown} == parts
+        for name, steps in shown.items():
+            assert steps == list(range(30)), (load_fast, name)
     results = [read(f"{f}/{name}.state.pth")["results"] for f in ("killed", "undisturbed")]
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     leftover = {"vit-t-mae.png"} if script == "mae_pretrain" else set()
@@ -126,11 +169,11 @@ def signal_at_update(number, at):
     """Send the process a signal while its update `at` is under way."""
     end_update, seen = utils.Progress.end_update, []
 
-    def counting(self, parameters):
+    def counting(self):
         seen.append(1)
         if len(seen) == at:
             os.kill(os.getpid(), number)
-        end_update(self, parameters)
+        end_update(self)
 
     utils.Progress.end_update = counting
     try:
@@ -150,10 +193,9 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
         classify, "--output_model_path"
     )  # fmt: skip
     train_(path, "whole.pth", "--log_dir", "whole")
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop, signal_at_update(number, at):
         train_()
-    assert stop.value.code == status and signal.getsignal(signal.SIGINT) is before
+    assert stop.value.code == status
     assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     state = read(f"{name}.state.pth")
     assert 3 * state["epoch"] + state["update"] == at
@@ -165,11 +207,11 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
         assert curves(f"logs/shapes/{log}") == curves(f"whole/shapes/{log}")
 
 
-def test_second_signal_stops_at_once():
-    with utils.StopSignal() as _:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_stops_at_once(number):
+    with pytest.raises(SystemExit), signal_at_update(number, 1):
+        pretrain()
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_resume_where_there_is_nothing(capsys):
@@ -194,13 +236,13 @@ def test_resume_names_every_argument_that_would_change_the_run():
     assert read("vit-t-mae.pth")["epoch"] == 2
 
 
-def test_resume_needs_the_same_pictures(monkeypatch):
+def test_resume_needs_the_same_images(monkeypatch):
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
         pretrain()
     other = few_shapes()
     other.train_images[3, 0, 5, 5] ^= 1
     monkeypatch.setattr(utils, "read_shapes", lambda image_size: other)
-    with pytest.raises(utils.InputError, match="not the pictures"):
+    with pytest.raises(utils.InputError, match="not the images"):
         pretrain("--resume")
 
 
@@ -252,28 +294,30 @@ def files_no_larger_than(size):
 def test_failed_writes_cost_nothing_and_are_tried_again(capsys):
     pretrain()
     before = {file: open(file, "rb").read() for file in os.listdir() if file.endswith(".pth")}
-    with files_no_larger_than(5000), pytest.raises(utils.InputError) as error:
-        pretrain("--seed", "1")
-    assert "vit-t-mae.pth" in str(error.value) and "vit-t-mae.state.pth" in str(error.value)
-    assert "warning: cannot write vit-t-mae.pth" in capsys.readouterr().out
+    with files_no_larger_than(5000), pytest.raises(utils.InputError, match="vit-t-mae.pth"):
+        pretrain("--seed", "1", "--save_minutes", "0")
+    out = capsys.readouterr().out
+    assert "warning: cannot write vit-t-mae.state.pth" in out and "will try again" in out
     assert before == {f: open(f, "rb").read() for f in os.listdir() if f.endswith(".pth")}
     assert not [file for file in os.listdir() if file.endswith(".part")]
 
-    # Room again before the last save: the run ends well, with all its curves.
-    flush, calls = utils.Curves.flush, []
+    # Room again before the last epoch: it has its curves; those of the epoch without are lost.
+    write, calls = utils.Curves.write, []
 
-    def flush_with_little_room_at_first(self):
+    def write_with_little_room_at_first(self, *values):
         calls.append(1)
         with files_no_larger_than(5000) if len(calls) == 1 else contextlib.nullcontext():
-            flush(self)
+            write(self, *values)
 
-    utils.Curves.flush = flush_with_little_room_at_first
+    utils.Curves.write = write_with_little_room_at_first
     try:
-        pretrain("--seed", "1")
+        pretrain("--seed", "1", "--total_epoch", "3")
     finally:
-        utils.Curves.flush = flush
-    assert "warning: cannot write curves" in capsys.readouterr().out
-    all_steps_once("logs/shapes/mae-pretrain-3", 2)
+        utils.Curves.write = write
+    captured = capsys.readouterr()
+    assert captured.out.count("warning: cannot write the curves of epoch 1: File too large") == 1
+    assert "Traceback" not in captured.err
+    assert [step for step, _ in scalars("logs/shapes/mae-pretrain-3", "mae_loss")][-2:] == [1, 2]
 
 
 @pytest.fixture
@@ -292,15 +336,19 @@ def test_full_disk(small_disk, capsys):
     flags = ["--model_path", f"{small_disk}/mae.pth", "--log_dir", f"{small_disk}/logs"]
     room = small_disk / "room"
     room.write_bytes(bytes(200_000))
-    with pytest.raises(utils.InputError, match="mae.*state.pth"):
-        pretrain(*flags)
-    assert "No space left" in capsys.readouterr().out
-    room.unlink()
-    with contextlib.suppress(utils.InputError):
-        pretrain(*flags, "--resume")
-    pretrain("--model_path", "elsewhere.pth")
+    with pytest.raises(utils.InputError, match="cannot write .*mae.pth: No space left"):
+        pretrain(*flags, "--total_epoch", "40")
+    captured = capsys.readouterr()
+    assert "warning: cannot write the curves of epoch" in captured.out
+    assert "Traceback" not in captured.err
     for file in small_disk.glob("*.pth"):
         utils.read_checkpoint(str(file))
+    room.unlink()
+    pretrain(*flags, "--resume", "--log_dir", f"{small_disk}/logs")
+    assert read(small_disk / "mae.pth")["epoch"] == 40
+    saved = scalars(f"{small_disk}/logs/shapes/mae-pretrain", "mae_loss")
+    steps = [step for step, _ in saved]
+    assert steps == sorted(set(steps)) and steps[-1] == 39
 
 
 def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
@@ -313,37 +361,86 @@ def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
 
     save, utils.Run.save = utils.Run.save, vanish
     try:
-        with pytest.raises(utils.InputError, match="out/mae.pth"):
+        with pytest.raises(utils.InputError, match="cannot write out/mae.pth"):
             pretrain("--model_path", "out/mae.pth", "--total_epoch", "1")
     finally:
         utils.Run.save = save
-    assert "warning: cannot write out/mae.pth" in capsys.readouterr().out
 
 
-def test_what_could_not_be_written_is_written_by_the_resumed_run(monkeypatch):
-    """The state must not say that all is done while the model file is that of another time."""
+def only(kind):
+    """A write_file that can write states, or all other files, only."""
     write_file = utils.write_file
 
-    def only_states(path, content):
-        if "state" not in path:
-            raise PermissionError(13, "Permission denied")
+    def write(path, content=None):
+        if content and ("state" in path) != (kind == "states"):
+            raise utils.InputError(f"cannot write {path}: Permission denied")
         write_file(path, content)
 
-    for script, path in ((pretrain, "vit-t-mae.pth"), (classify, "cls.pth")):
-        with monkeypatch.context() as patch, pytest.raises(utils.InputError, match=path):
-            patch.setattr(utils, "write_file", only_states)
-            script()
-        assert not os.path.exists(path)
-        script("--resume")
-        utils.read_checkpoint(path)
+    return write
 
 
-def test_restored_optimizer_may_be_on_another_device():
-    """As on a GPU, where load_state_dict moves what it loads to the parameters' device."""
-    expected = {"exp_avg": torch.zeros(3)}
-    utils.check_weights({"exp_avg": torch.ones(3)}, expected, "path")
-    moved = type("Tensor", (torch.Tensor,), {"device": property(lambda _: torch.device("cuda"))})
-    utils.check_weights({"exp_avg": torch.ones(3).as_subclass(moved)}, expected, "path")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_state_never_speaks_of_a_file_that_is_not_there(script, monkeypatch, capsys):
+    name, _ = SCRIPTS[script]
+    train_ = pretrain if script == "mae_pretrain" else classify
+    path = "--model_path" if script == "mae_pretrain" else "--output_model_path"
+    train_(path, "whole.pth")
+    with monkeypatch.context() as patch, pytest.raises(utils.InputError, match=f"{name}.pth"):
+        patch.setattr(utils, "write_file", only("states"))
+        train_("--save_minutes", "0")
+    assert f"warning: cannot write {name}.pth: Permission denied; will" in capsys.readouterr().out
+    assert not os.path.exists(f"{name}.pth")
+    state = read(f"{name}.state.pth")  # of the last update before there was a model to write
+    assert (state["epoch"], state["update"], state["results"]) == (0, 3, {})
+    train_("--resume")
+    same_weights(f"{name}.pth", "whole.pth")
+    states = [read(f"{stem}.state.pth") for stem in (name, "whole")]
+    assert states[0]["results"] == states[1]["results"] and states[0]["epoch"] == 2
+
+
+def test_files_are_written_once_there_is_room_again(monkeypatch, capsys):
+    """A best epoch that cannot be written, at first: both files are there in the end."""
+    classify("--total_epoch", "4", "--output_model_path", "whole.pth")
+    end_epoch = utils.Run.end_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "write_file", only("states"))
+
+        def room_after_three(self):
+            if self.epoch == 2:
+                patch.undo()
+            return end_epoch(self)
+
+        patch.setattr(utils.Run, "end_epoch", room_after_three)
+        classify("--total_epoch", "4", "--save_minutes", "0")
+    assert capsys.readouterr().out.count("will try again") > 1
+    same_weights("cls.pth", "whole.pth")
+    assert read("cls.state.pth")["epoch"] == 4
+
+
+def best_epoch_cannot_be_written(flags, folder):
+    """The body of a process that is killed in its second epoch, without its best model written."""
+    os.chdir(folder)
+    utils.read_shapes = few_shapes
+    torch.set_num_threads(1)
+    utils.write_file = only("states")
+    with signal_at_update(signal.SIGKILL, 5):
+        train_classifier.main(train_classifier.get_args(flags))
+
+
+def test_killed_while_the_best_epoch_could_not_be_written():
+    flags = [*CLASSIFY, "--save_minutes", "0"]
+    classify("--output_model_path", "whole.pth")
+    process = new_process(best_epoch_cannot_be_written, flags, os.getcwd())
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL and not os.path.exists("cls.pth")
+    classify("--resume")
+    same_weights("cls.pth", "whole.pth")
+    content = [read(f"{name}.pth") for name in ("cls", "whole")]
+    assert (
+        content[0]["epoch"]
+        == content[1]["epoch"]
+        == read("cls.state.pth")["results"]["best"]["epoch"]
+    )
 
 
 def test_a_full_log_or_closed_pipe_does_not_end_a_run(monkeypatch):
@@ -368,15 +465,6 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
     with pytest.raises(utils.InputError, match="not finite"):
         pretrain("--seed", "1")
     assert open("vit-t-mae.pth", "rb").read() == before
-
-
-def test_a_state_touches_no_other_files():
-    for name in ("thesis.txt", "events.out.tfevents.1"):
-        with open(name, "w") as file:
-            file.write("x" * 1000)
-    utils.Curves(".", {"thesis.txt": 1, "events.out.tfevents.1": 10}, 0)
-    assert os.path.getsize("thesis.txt") == 1000
-    assert os.path.getsize("events.out.tfevents.1") == 10
 
 
 def test_state_under_another_name_is_the_one_that_goes_on():
@@ -406,7 +494,6 @@ def test_state_is_saved_by_the_clock_within_an_epoch(monkeypatch):
 def test_curves_go_on_in_their_folder(capsys):
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
         classify()
-    time.sleep(0.01)
     classify("--resume", "--log_dir", "logs")
     assert os.listdir("logs/shapes") == ["scratch-cls"]
     assert [step for step, _ in scalars("logs/shapes/scratch-cls", "lr")] == [0, 1]

@@ -24,7 +24,7 @@ def run(script, *flags, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def test_pretraining_writes_model_picture_and_curves(capsys):
+def test_pretraining_writes_model_image_and_curves(capsys):
     pretrain("--model_path", "new/folder/mae.pth")
     folder = "logs/shapes/mae-pretrain"
     for tag in ("mae_loss", "lr", "images_per_second"):
@@ -33,8 +33,8 @@ def test_pretraining_writes_model_picture_and_curves(capsys):
     assert [value for _, value in scalars(folder, "lr")] == pytest.approx(expected)
     images = events(folder).Images("mae_image")
     assert [(i.step, i.width, i.height) for i in images] == [(e, 6 * 32, 8 * 32) for e in (0, 1)]
-    with Image.open("new/folder/mae.png") as picture:
-        assert picture.size == (4 * 6 * 32, 4 * 8 * 32)
+    with Image.open("new/folder/mae.png") as img:
+        assert img.size == (4 * 6 * 32, 4 * 8 * 32)
 
     content = read("new/folder/mae.pth")
     assert content["kind"] == "MAE_ViT" and content["epoch"] == 2
@@ -47,7 +47,7 @@ def test_pretraining_writes_model_picture_and_curves(capsys):
     assert sum(line.startswith("epoch ") for line in lines) == 2  # they stay without a terminal
 
 
-def test_same_pictures_and_masks_at_every_epoch(capsys):
+def test_same_images_and_masks_at_every_epoch(capsys):
     pretrain("--base_learning_rate", "0")
     first, second = events("logs/shapes/mae-pretrain").Images("mae_image")
     assert first.encoded_image_string == second.encoded_image_string
@@ -57,7 +57,7 @@ def test_reconstruction_shows_masked_reconstructed_and_original():
     torch.manual_seed(0)
     model = MAE_ViT(image_size=32, patch_size=8, emb_dim=24, encoder_layer=1, decoder_layer=1)
     img, noise = utils.draw_shapes(4, 32, 0)[0], torch.rand(4, 16)
-    grid = mae_pretrain.reconstruct(model, img, noise, patch_size=8)
+    grid = mae_pretrain.reconstruction_grid(model, img, noise, patch_size=8)
     assert grid.shape == (3, 2 * 32, 6 * 32) and grid.min() >= 0 and grid.max() <= 1
     original = img[1].float() / 255
     masked, reconstructed, shown = (grid[:, :32, x : x + 32] for x in (96, 128, 160))
@@ -89,7 +89,8 @@ def test_accumulation_with_a_short_last_window_equals_big_batches():
     model = MAE_ViT(32, 8, 24, 1, 3, 1, 3)
     optim = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     optim.param_groups[0]["lr"] = utils.learning_rate(0, 1.5e-4, 25, 1, 1)
-    images = utils.take_train_images(utils.read_shapes(32), 60).train_images
+    dataset = utils.read_shapes(32)
+    images = dataset.train_images[utils.spread(dataset.train_labels, 60, "--train_images")]
     order = torch.randperm(60, generator=utils.generator("order", 42, 0))
     for update, rows in enumerate((order[:25], order[25:50], order[50:])):
         rng = utils.generator("masks", 42, 0, update)
@@ -131,13 +132,13 @@ def test_classifier_writes_its_best_epoch_and_curves(pretrained, capsys):
     model = ViT_Classifier(encoder, a["num_classes"])
     model.load_state_dict(content["model"], strict=True)
 
-    # The accuracy again, picture by picture: 37 of them, no multiple of 16.
-    pictures = utils.read_shapes(32)
+    # The accuracy again, image by image: 37 of them, no multiple of 16.
+    dataset = utils.read_shapes(32)
     model.eval()
     with torch.no_grad():
         correct = sum(
             int(model(utils.to_float(img[None])).argmax()) == int(label)
-            for img, label in zip(pictures.val_images, pictures.val_labels, strict=True)
+            for img, label in zip(dataset.val_images, dataset.val_labels, strict=True)
         )
     assert content["metrics"]["val"]["acc"] == correct / 37
     last = curves["acc", "val"][-1][1]
@@ -183,7 +184,7 @@ def test_same_arguments_give_the_same_bits():
     same_weights("cls-a.pth", "cls-b.pth")
 
 
-def test_norm_pix_loss_and_one_validation_picture(tmp_path):
+def test_norm_pix_loss_and_one_validation_image(tmp_path):
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "only.png")
     flags = ["--dataset", "folder", "--data_path", str(tmp_path), "--train_images", "1"]
     pretrain(*flags, "--norm_pix_loss")
@@ -209,10 +210,10 @@ def test_demo_sets_defaults_and_flags_win():
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "folder", "shapes"])
-def test_each_data_set_through_both_scripts(dataset, monkeypatch):
-    pictures = utils.read_shapes(32)
+def test_each_dataset_through_both_scripts(dataset, monkeypatch):
+    dataset = utils.read_shapes(32)
     for reader in ("read_cifar", "read_folder"):
-        monkeypatch.setattr(utils, reader, lambda *_: pictures)
+        monkeypatch.setattr(utils, reader, lambda *_: dataset)
     pretrain("--dataset", dataset, "--total_epoch", "1")
     classify("--dataset", dataset, "--total_epoch", "1")
     assert os.path.isdir(f"logs/{dataset}/mae-pretrain")
@@ -225,8 +226,8 @@ def test_a_process_of_its_own_on_real_files(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(n):
                 value = 20 * i + (128 if name == "bright" else 0)
-                picture = np.full((20, 30, 3), value, np.uint8)
-                Image.fromarray(picture).save(tmp_path / part / name / f"{i}.png")
+                img = np.full((20, 30, 3), value, np.uint8)
+                Image.fromarray(img).save(tmp_path / part / name / f"{i}.png")
     sizes = "--image_size 16 --train_images 12 --dataset folder --data_path .".split()
     done = run("mae_pretrain.py", *PRETRAIN, *sizes)
     assert done.returncode == 0, done.stderr
@@ -236,7 +237,7 @@ def test_a_process_of_its_own_on_real_files(tmp_path):
         "--pretrained_model_path", "vit-t-mae.pth", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "accuracy on 6 validation pictures" in done.stdout
+    assert "accuracy on 6 validation images" in done.stdout
     assert [step for step, _ in scalars("logs/folder/mae-pretrain", "mae_loss")] == [0, 1]
     done = run("mae_pretrain.py", "--help")
     assert done.returncode == 0
@@ -266,8 +267,6 @@ BAD_FLAGS = [
     ("--seed 99999999999999999999", "--seed"),
     ("--mask_ratio 1e-9", "hides no patch"),
     ("--model_path out/", "cannot write"),
-    ("--model_path=", "cannot write"),
-    ("--model_path a.png", "two files"),
     (f"--model_path {'x' * 300}", "cannot write"),
     ("--total_epochs 3", "--total_epochs"),
 ]
@@ -279,7 +278,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(flags, message, capsys):
         file.write("not a folder")
     with pytest.raises(SystemExit) as stop, utils.one_line_errors():
         pretrain(*flags.split())
-    text = str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
+    text = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert message in text and len(text.strip().splitlines()) == 1
     assert [name for name in os.listdir() if name != "out"] == ["file"]
@@ -293,9 +292,9 @@ def test_bad_pretrained_files(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     pretrain()
     for flags, messages in [
-        ("missing.pth", ["missing.pth", "mae_pretrain.py"]),
-        ("text.pth", ["text.pth", "no checkpoint"]),
-        ("empty.pth", ["empty.pth", "no checkpoint"]),
+        ("missing.pth", ["there is no file missing.pth"]),
+        ("text.pth", ["text.pth", "not a PyTorch checkpoint"]),
+        ("empty.pth", ["empty.pth", "not a PyTorch checkpoint"]),
         ("other.pth", ["other.pth", "MAE_ViT"]),
         ("classifier.pth", ["classifier.pth", "ViT_Classifier"]),
         ("large.pth --dataset cifar10", ["64", "32x32"]),
@@ -330,7 +329,7 @@ def test_compiled_for_one_shape_without_graph_breaks(monkeypatch):
     pretrain("--model_path", "eager.pth", "--no-compile")
     torch._dynamo.reset()
     pretrain("--compile", "--total_epoch", "2")
-    assert len(graphs) == 1  # 13, 12; 13, 12; 10 pictures: those of 13 only, in both epochs
+    assert len(graphs) == 1  # 13, 12; 13, 12; 10 images: those of 13 only, in both epochs
     same_weights("vit-t-mae.pth", "eager.pth", tolerance=1e-5)
     assert read("vit-t-mae.pth")["chosen"]["compile"] is True
     classify("--compile")
