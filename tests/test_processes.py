@@ -237,7 +237,8 @@ def test_two_machines_of_which_one_is_lost():
     jobs = start("job", *LONG)
     try:
         wait_for(lambda: os.path.exists("job/model.pth"))
-        jobs[1].kill()  # the agent only: its process must notice by itself
+        for process in (*children(jobs[1].pid), jobs[1].pid):
+            os.kill(process, signal.SIGKILL)
         assert jobs[0].wait(timeout=60) != 0
     finally:
         for job in jobs:

@@ -84,6 +84,11 @@ def all_steps_once(folder, epochs):
         assert [step for step, _ in values] == list(range(epochs)), name
 
 
+def next_second():
+    """TensorBoard may take event files that were begun in the same second in the wrong order."""
+    time.sleep(1 - time.time() % 1)
+
+
 def steps_in_tensorboard(folder, load_fast):
     """What a TensorBoard server shows of a folder of runs: {(run, tag): steps}."""
     with socket.socket() as s:
@@ -131,20 +136,20 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     rng, state = random.Random(script), f"killed/{name}.state.pth"
     for kill in range(10):
         before = os.path.exists(state) and os.stat(state).st_mtime_ns
-        time.sleep(1 - time.time() % 1)  # event files of one second are not read in order
+        next_second()
         process = start(script, [*flags, *["--resume"] * bool(before)], "killed")
         if kill % 3 < 2:  # most while it trains, some while it starts
             while (os.path.exists(state) and os.stat(state).st_mtime_ns) == before:
                 assert process.exitcode is None
                 time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run is too short for this test"
         for file in os.listdir("killed"):
             if file.endswith(".pth"):
                 utils.read_checkpoint(f"killed/{file}")
-    time.sleep(1 - time.time() % 1)
+    next_second()
     assert finish(script, [*flags, "--resume"], "killed") == 0
 
     same_weights(f"killed/{name}.pth", f"undisturbed/{name}.pth")
@@ -155,8 +160,8 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
         shown = steps_in_tensorboard("killed/logs/shapes", load_fast)
         parts = {os.path.normpath(os.path.join(log, part)) for part, _ in curves(folders[0])}
         assert {run for run, _ in shown} == parts
-        for name, steps in shown.items():
-            assert steps == list(range(30)), (load_fast, name)
+        for curve, steps in shown.items():
+            assert steps == list(range(30)), (load_fast, curve)
     results = [read(f"{f}/{name}.state.pth")["results"] for f in ("killed", "undisturbed")]
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     leftover = {"vit-t-mae.png"} if script == "mae_pretrain" else set()
@@ -199,6 +204,7 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
     assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     state = read(f"{name}.state.pth")
     assert 3 * state["epoch"] + state["update"] == at
+    next_second()
     train_("--resume", "--max_device_batch_size", "9" if at == 5 else "16")
     tolerance = 1e-5 if at == 5 else 0.0
     same_weights(f"{name}.pth", "whole.pth", tolerance)
@@ -322,10 +328,10 @@ def test_failed_writes_cost_nothing_and_are_tried_again(capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 kB, where the machine lets us make one."""
+    """A file system of 1.2 MB, where the machine lets us make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
@@ -334,21 +340,22 @@ def small_disk(tmp_path):
 
 def test_full_disk(small_disk, capsys):
     flags = ["--model_path", f"{small_disk}/mae.pth", "--log_dir", f"{small_disk}/logs"]
+    flags += ["--total_epoch", "8"]
     room = small_disk / "room"
-    room.write_bytes(bytes(200_000))
-    with pytest.raises(utils.InputError, match="cannot write .*mae.pth: No space left"):
-        pretrain(*flags, "--total_epoch", "40")
+    room.write_bytes(bytes(1_000_000))
+    with pytest.raises(utils.InputError, match=r"cannot write .*mae\..*: No space left"):
+        pretrain(*flags)
     captured = capsys.readouterr()
     assert "warning: cannot write the curves of epoch" in captured.out
     assert "Traceback" not in captured.err
     for file in small_disk.glob("*.pth"):
         utils.read_checkpoint(str(file))
     room.unlink()
-    pretrain(*flags, "--resume", "--log_dir", f"{small_disk}/logs")
-    assert read(small_disk / "mae.pth")["epoch"] == 40
+    pretrain(*flags, "--resume")
+    assert read(small_disk / "mae.pth")["epoch"] == 8
     saved = scalars(f"{small_disk}/logs/shapes/mae-pretrain", "mae_loss")
     steps = [step for step, _ in saved]
-    assert steps == sorted(set(steps)) and steps[-1] == 39
+    assert steps == sorted(set(steps)) and steps[-1] == 7
 
 
 def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
@@ -429,18 +436,15 @@ def best_epoch_cannot_be_written(flags, folder):
 
 def test_killed_while_the_best_epoch_could_not_be_written():
     flags = [*CLASSIFY, "--save_minutes", "0"]
-    classify("--output_model_path", "whole.pth")
+    assert finish("train_classifier", [*flags, "--output_model_path", "whole.pth"]) == 0
     process = new_process(best_epoch_cannot_be_written, flags, os.getcwd())
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL and not os.path.exists("cls.pth")
-    classify("--resume")
+    assert finish("train_classifier", [*flags, "--resume"]) == 0
     same_weights("cls.pth", "whole.pth")
     content = [read(f"{name}.pth") for name in ("cls", "whole")]
-    assert (
-        content[0]["epoch"]
-        == content[1]["epoch"]
-        == read("cls.state.pth")["results"]["best"]["epoch"]
-    )
+    best = read("cls.state.pth")["results"]["best"]
+    assert content[0]["epoch"] == content[1]["epoch"] == best["epoch"]
 
 
 def test_a_full_log_or_closed_pipe_does_not_end_a_run(monkeypatch):
@@ -494,6 +498,7 @@ def test_state_is_saved_by_the_clock_within_an_epoch(monkeypatch):
 def test_curves_go_on_in_their_folder(capsys):
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
         classify()
+    next_second()
     classify("--resume", "--log_dir", "logs")
     assert os.listdir("logs/shapes") == ["scratch-cls"]
     assert [step for step, _ in scalars("logs/shapes/scratch-cls", "lr")] == [0, 1]

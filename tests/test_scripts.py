@@ -209,15 +209,15 @@ def test_demo_sets_defaults_and_flags_win():
     assert train_classifier.get_args(["--demo"]).train_images == 500
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "folder", "shapes"])
-def test_each_dataset_through_both_scripts(dataset, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder", "shapes"])
+def test_each_dataset_through_both_scripts(name, monkeypatch):
     dataset = utils.read_shapes(32)
     for reader in ("read_cifar", "read_folder"):
         monkeypatch.setattr(utils, reader, lambda *_: dataset)
-    pretrain("--dataset", dataset, "--total_epoch", "1")
-    classify("--dataset", dataset, "--total_epoch", "1")
-    assert os.path.isdir(f"logs/{dataset}/mae-pretrain")
-    assert os.path.isdir(f"logs/{dataset}/scratch-cls")
+    pretrain("--dataset", name, "--total_epoch", "1")
+    classify("--dataset", name, "--total_epoch", "1")
+    assert os.path.isdir(f"logs/{name}/mae-pretrain")
+    assert os.path.isdir(f"logs/{name}/scratch-cls")
 
 
 def test_a_process_of_its_own_on_real_files(tmp_path):
