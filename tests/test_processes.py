@@ -199,6 +199,13 @@ def children(pid):
         return [int(child) for child in file.read().split()]
 
 
+def kill(job):
+    """Kill a torchrun and its processes, which would go on without it."""
+    if job.poll() is None:
+        for process in (*children(job.pid), job.pid):
+            os.kill(process, signal.SIGKILL)
+
+
 LONG = [*SCRIPTS["mae_pretrain"], "--total_epoch", "100000", "--save_minutes", "0.001"]
 
 
@@ -209,7 +216,7 @@ def test_a_killed_rank_ends_the_job_which_can_be_resumed():
         os.kill(children(job.pid)[-1], signal.SIGKILL)
         assert job.wait(timeout=60) != 0
     finally:
-        job.kill()
+        kill(job)
     saved = read("job/model.state.pth")["epoch"]
     assert saved > 0
     flags = ["--standalone", "--nproc_per_node=1"]
@@ -219,7 +226,7 @@ def test_a_killed_rank_ends_the_job_which_can_be_resumed():
         job.terminate()
         assert job.wait(timeout=60) != 0
     finally:
-        job.kill()
+        kill(job)
 
 
 def test_two_machines_of_which_one_is_lost():
@@ -237,12 +244,11 @@ def test_two_machines_of_which_one_is_lost():
     jobs = start("job", *LONG)
     try:
         wait_for(lambda: os.path.exists("job/model.pth"))
-        for process in (*children(jobs[1].pid), jobs[1].pid):
-            os.kill(process, signal.SIGKILL)
+        kill(jobs[1])
         assert jobs[0].wait(timeout=60) != 0
     finally:
         for job in jobs:
-            job.kill()
+            kill(job)
     saved = read("job/model.state.pth")["epoch"]
     jobs = start("job", "--model_path", "model.pth", "--resume")
     try:

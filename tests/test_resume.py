@@ -328,10 +328,10 @@ def test_failed_writes_cost_nothing_and_are_tried_again(capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1.2 MB, where the machine lets us make one."""
+    """A file system of 3 MB, where the machine lets us make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     yield disk
@@ -342,7 +342,7 @@ def test_full_disk(small_disk, capsys):
     flags = ["--model_path", f"{small_disk}/mae.pth", "--log_dir", f"{small_disk}/logs"]
     flags += ["--total_epoch", "8"]
     room = small_disk / "room"
-    room.write_bytes(bytes(1_000_000))
+    room.write_bytes(bytes(2_700_000))
     with pytest.raises(utils.InputError, match=r"cannot write .*mae\..*: No space left"):
         pretrain(*flags)
     captured = capsys.readouterr()
