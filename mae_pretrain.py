@@ -201,7 +201,7 @@ def main(args):
     utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
 
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
-    model = utils.build(MAE_ViT, **architecture)
+    model = MAE_ViT(**architecture)
     num_patches = len(model.encoder.pos_embedding)
     if count_visible(num_patches, args.mask_ratio) == num_patches:
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
@@ -218,8 +218,8 @@ def main(args):
     # The same images and masks at every epoch; spread, as a folder is sorted by class.
     n = min(16, len(dataset.val_images))
     shown = dataset.val_images[torch.arange(n) * len(dataset.val_images) // n]
-    shown_noise = torch.rand(n, num_patches, generator=utils.generator("shown", args.seed))
-    shown_noise = shown_noise.to(device)
+    rng = utils.generator("shown", args.seed)
+    shown_noise = torch.rand(n, num_patches, generator=rng).to(device)
 
     fingerprint = utils.checksum(*dataset[:4])
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, fingerprint)
@@ -252,7 +252,6 @@ def main(args):
             run.files[args.model_path] = utils.model_bytes(model, architecture, args, **facts)
             run.files[png_path] = utils.png_bytes(grid)
             run.save()
-    run.curves.close()
     utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")
 
 

@@ -16,6 +16,10 @@ from timm.models.vision_transformer import Block
 from torch.nn.init import trunc_normal_
 
 
+class SizeError(ValueError):
+    """Sizes of a model that do not fit together."""
+
+
 def random_indexes(size, noise=None):
     """A random permutation of `size` items, the order that sorts the noise, and its inverse.
 
@@ -46,13 +50,13 @@ def transformer_blocks(emb_dim, num_layer, num_head):
 class PatchShuffle(torch.nn.Module):
     """Keeps a random subset of the patches (paper, section 3, "Simple implementation").
 
-    Raises ValueError unless 0 <= ratio < 1.
+    Raises SizeError unless 0 <= ratio < 1.
     """
 
     def __init__(self, ratio):
         super().__init__()
         if not 0 <= ratio < 1:
-            raise ValueError(f"mask ratio {ratio} is not in [0, 1)")
+            raise SizeError(f"mask ratio {ratio} is not in [0, 1)")
         self.ratio = ratio
 
     def forward(self, patches, noise=None):
@@ -71,7 +75,7 @@ class PatchShuffle(torch.nn.Module):
 class MAE_Encoder(torch.nn.Module):
     """A Vision Transformer that sees the visible patches only.
 
-    Raises ValueError if the patches do not tile the image, the heads do not divide the width, or
+    Raises SizeError if the patches do not tile the image, the heads do not divide the width, or
     the mask ratio leaves no patch visible.
     """
 
@@ -81,12 +85,12 @@ class MAE_Encoder(torch.nn.Module):
         super().__init__()
         num_patches = (image_size // patch_size) ** 2
         if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}")
+            raise SizeError(f"image size {image_size} is no multiple of patch size {patch_size}")
         if emb_dim % num_head:
-            raise ValueError(f"width {emb_dim} is no multiple of the number of heads, {num_head}")
+            raise SizeError(f"width {emb_dim} is no multiple of the number of heads, {num_head}")
         self.shuffle = PatchShuffle(mask_ratio)
         if count_visible(num_patches, mask_ratio) < 1:
-            raise ValueError(f"mask ratio {mask_ratio} leaves no patch of {num_patches} visible")
+            raise SizeError(f"mask ratio {mask_ratio} leaves no patch of {num_patches} visible")
 
         self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, emb_dim))
         self.pos_embedding = torch.nn.Parameter(torch.zeros(num_patches, 1, emb_dim))
@@ -112,14 +116,14 @@ class MAE_Encoder(torch.nn.Module):
 class MAE_Decoder(torch.nn.Module):
     """A shallow Transformer that fills mask tokens in for the hidden patches and predicts pixels.
 
-    Raises ValueError if the heads do not divide the width.
+    Raises SizeError if the heads do not divide the width.
     """
 
     def __init__(self, image_size=32, patch_size=2, emb_dim=192, num_layer=4, num_head=3):
         super().__init__()
         grid = image_size // patch_size
         if emb_dim % num_head:
-            raise ValueError(f"width {emb_dim} is no multiple of the number of heads, {num_head}")
+            raise SizeError(f"width {emb_dim} is no multiple of the number of heads, {num_head}")
 
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, emb_dim))
         self.pos_embedding = torch.nn.Parameter(torch.zeros(grid**2 + 1, 1, emb_dim))
@@ -150,7 +154,7 @@ class MAE_Decoder(torch.nn.Module):
 
 
 class MAE_ViT(torch.nn.Module):
-    """The masked autoencoder. Raises ValueError like its encoder and decoder."""
+    """The masked autoencoder. Raises SizeError like its encoder and decoder."""
 
     def __init__(
         self,
@@ -214,14 +218,14 @@ class ViT_Classifier(torch.nn.Module):
 
 
 def architecture_of(weights):
-    """The sizes that the state_dict of an MAE_ViT or a ViT_Classifier tells.
+    """The sizes that the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier tells.
 
     -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
     Raises KeyError for a tensor that is not there.
     """
     prefix = "encoder." if "encoder.pos_embedding" in weights else ""
 
-    def num_layer(part):
+    def count_blocks(part):
         return sum(x.startswith(part) and x.endswith("norm1.weight") for x in weights)
 
     num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
@@ -230,11 +234,26 @@ def architecture_of(weights):
         "image_size": math.isqrt(num_patches) * patch_size,
         "patch_size": patch_size,
         "emb_dim": emb_dim,
-        "encoder_layer": num_layer(f"{prefix}transformer."),
+        "encoder_layer": count_blocks(f"{prefix}transformer."),
     }
     if prefix:
-        return architecture | {"decoder_layer": num_layer("decoder.transformer.")}
-    return architecture | {"num_classes": len(weights["head.bias"])}
+        architecture["decoder_layer"] = count_blocks("decoder.transformer.")
+    elif "head.bias" in weights:
+        architecture["num_classes"] = len(weights["head.bias"])
+    return architecture
+
+
+def unpack_module(module):
+    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> content of a model file."""
+    module = module._modules.get("module", module)
+    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
+    encoder = module._modules.get("encoder", module)
+    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
+    if kind == "MAE_ViT":
+        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
+        architecture["mask_ratio"] = encoder.shuffle.ratio
+    weights = dict(module.named_parameters())
+    return {"kind": kind, "model": weights, "architecture": architecture}
 
 
 def to_timm(model):
@@ -247,19 +266,18 @@ def to_timm(model):
         "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
         "layer_norm": "norm",
     }  # fmt: skip
-    weights = {}
+    sizes, weights = architecture_of(model.state_dict()), {}
     for name, tensor in model.state_dict().items():
         first, *rest = name.split(".")
         weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
     weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
-    num_patches, patch_size = weights["pos_embed"].shape[1], model.patchify.kernel_size[0]
     return weights, {
-        "img_size": math.isqrt(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": weights["pos_embed"].shape[2],
-        "depth": len(model.transformer),
+        "img_size": sizes["image_size"],
+        "patch_size": sizes["patch_size"],
+        "embed_dim": sizes["emb_dim"],
+        "depth": sizes["encoder_layer"],
         "num_heads": model.transformer[0].attn.num_heads,
-        "num_classes": len(weights["head.bias"]) if "head.bias" in weights else 0,
+        "num_classes": sizes.get("num_classes", 0),
         "qkv_bias": False,
         "no_embed_class": True,
         "norm_layer": torch.nn.LayerNorm,

@@ -59,15 +59,14 @@ def get_args(argv=None):
     add("--encoder_layer", type=utils.positive_int, help="(default: 12)")
     add("--encoder_head", type=utils.positive_int, help="(default: 3)")
     add = parser.add_argument_group("recipe").add_argument
-    checked = utils.checked
-    add("--augment", type=checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
+    add("--augment", type=utils.checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
         const=1.0, metavar="STRENGTH",
         help="shift, flip, distort, erase and mix images, smooth labels; a strength of 0, for "
              "short runs, only shifts and flips (default: no augmentation; --augment alone: 1)")
-    add("--layer_decay", type=checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    add("--layer_decay", type=utils.checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
         default=1.0, metavar="RATE",
         help="each block learns at RATE times the rate of the block above it (paper: 0.75)")
-    add("--drop_path", type=checked(float, lambda x: 0 <= x < 1, "from 0 to below 1"),
+    add("--drop_path", type=utils.checked(float, lambda x: 0 <= x < 1, "from 0 to below 1"),
         default=0.0, metavar="RATE",
         help="stochastic depth: drop the last block's branches with this probability, those of "
              "earlier blocks less often")
@@ -104,7 +103,7 @@ def get_encoder(args):
             )
         setattr(args, name, value or architecture[name])
     architecture = {name: getattr(args, name) for name in ENCODER}
-    return mae.encoder if path else utils.build(MAE_Encoder, *architecture.values()), architecture
+    return mae.encoder if path else MAE_Encoder(*architecture.values()), architecture
 
 
 def parameter_groups(model, layer_decay):
@@ -249,8 +248,7 @@ def predict(net, images, labels, micro_batch_size):
     """This process's shard of the images -> its summed loss, classes predicted [n], true [n]."""
     loss, predicted = torch.zeros((), dtype=torch.float64, device=images.device), []
     images, labels = utils.shard(images), utils.shard(labels)
-    size = micro_batch_size
-    for img, label in zip(images.split(size), labels.split(size), strict=True):
+    for img, label in zip(*(x.split(micro_batch_size) for x in (images, labels)), strict=True):
         logits = net(utils.to_float(img)).float()  # [b,num_classes]
         loss += cross_entropy(logits, label, reduction="sum")
         predicted.append(logits.argmax(-1))
@@ -272,16 +270,12 @@ def extract_features(model, precision, micro_batch_size, train_images, *others):
     And the norm that makes them so: a BatchNorm without affine parameters (paper, appendix A.1,
     "Linear probing"), with statistics of all training images rather than of each batch.
     """
-    device = train_images.device
-    net = utils.MixedPrecision(model.features, device, precision)
-    size = math.ceil(micro_batch_size / max(1, utils.count_gpus(device)))  # on one GPU
+    net = utils.MixedPrecision(model.features, train_images.device, precision)
     train, *rest = (
-        torch.cat([net(utils.to_float(img)).float() for img in images.split(size)])
+        torch.cat([net(utils.to_float(img)).float() for img in images.split(micro_batch_size)])
         for images in (train_images, *others)
     )
-    if len(train) < 2:
-        raise utils.InputError("--linear_probe needs at least two images")
-    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(device)
+    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(train.device)
     norm(train)
     norm.eval()
     return norm, [norm(features) for features in (train, *rest)]
@@ -311,9 +305,8 @@ def draw_confusion(counts, classes):
     img.paste(Image.fromarray(cells.numpy()), (left, top))
     draw = ImageDraw.Draw(img)
     for i, name in enumerate(classes if left else []):
-        name = name.encode("latin-1", "replace").decode("latin-1")[:16]  # what PIL's font has
         middle = i * cell + cell // 2
-        draw.text((left - 6, top + middle), f"{name} {i}", "black", anchor="rm")
+        draw.text((left - 6, top + middle), f"{name[:16]} {i}", "black", anchor="rm")
         draw.text((left + middle, top - 6), f"{i}", "black", anchor="mb")
         for j in range(k):
             colour = "white" if share[i, j] > 0.5 else "black"
@@ -354,7 +347,6 @@ def evaluate_file(args):
         utils.write_file(png_path, utils.png_bytes(confusion))
         curves = utils.Curves(utils.new_run_folder(args.log_dir, args.dataset, "eval-cls"))
         curves.write(0, {"cls/acc": acc}, {"cls/confusion": confusion})
-        curves.close()
         utils.print_rank_0(f"confusion matrix: {png_path}, curves: {curves.folder}")
 
 
@@ -445,7 +437,6 @@ def main(args):
             run.files[args.output_model_path] = content
         if run.end_epoch():
             run.save()
-    run.curves.close()
     utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
 
 

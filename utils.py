@@ -1,8 +1,4 @@
-"""What both scripts share, in the order in which a run meets it.
-
-Command line, processes, device and precision, random numbers and schedule, dataset, model files,
-curves and progress, stop and resume.
-"""
+"""What both scripts share, in the order in which a run meets it."""
 
 import argparse
 import contextlib
@@ -37,7 +33,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier, architecture_of
+from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier, architecture_of, unpack_module
 
 # -------------------------------------------------------------------------------- command line
 # Flags of both scripts and errors in one line; called by get_args and at the end of each script.
@@ -69,21 +65,18 @@ def one_line_errors():
     try:
         yield
         return
-    except InputError as error:
+    except (InputError, SizeError) as error:
         message = error
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: try a smaller --max_device_batch_size, fewer images"
     except (MemoryError, RuntimeError) as error:
         # gloo raises plain RuntimeErrors, in which it quotes its own file names.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             lost = InputError(f"another process has failed or cannot be reached: {error}")
             tqdm.write(f"error: {lost}", file=sys.stderr)
             os._exit(1)  # to leave the process group could take as long as its time-out
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "allocate memory" not in str(error):
             raise
-        message = "there is not enough memory for this model or these images"
-    except KeyboardInterrupt:  # before training, which has a handler of its own
-        sys.exit(130)
+        message = "out of memory: try a smaller --max_device_batch_size, fewer or smaller images"
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 
@@ -121,12 +114,10 @@ class ArgumentParser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if args.resume:
             args = resume_args(self, argv, args, output)
-        check_same_settings(**vars(args))
+        fixed = vars(args).keys() - MAY_CHANGE_ON_RESUME
+        check_same_settings(**{name: getattr(args, name) for name in sorted(fixed)})
         if args.warmup_epoch >= args.total_epoch:
-            print_rank_0(
-                f"warning: --warmup_epoch {args.warmup_epoch} is not below --total_epoch "
-                f"{args.total_epoch}: the learning rate falls before it reaches its highest value"
-            )
+            print_rank_0("warning: warm-up takes the whole run: lower --warmup_epoch")
         return args
 
 
@@ -179,8 +170,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="precision of matrix products; weights stay fp32; "
              "auto: bf16 where the hardware computes it natively")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, for runs of 3 million images or "
-             "more; not on a CPU, where it needs a C++ compiler and about a minute)")
+        help="torch.compile the model (default: on one GPU, for runs of 3 million images or more)")
     add = parser.add_argument_group("output").add_argument
     add(model_flag, help="the model file; other files of the run go beside it")
     add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "
@@ -306,9 +296,8 @@ def choose_precision(name, device):
 class MixedPrecision(torch.nn.Module):
     """Runs a module in the chosen precision, and compiled for inputs of one batch size if any.
 
-    Inputs of another size, such as the last of an epoch, run uncompiled: to compile for each size
-    would take longer than it saves. Autocast is entered in here as DataParallel's threads forget
-    it outside.
+    Other sizes, such as the last of an epoch, run uncompiled: each would take long to compile.
+    Autocast is entered in here, as the threads of DataParallel do not inherit it.
     """
 
     def __init__(self, module, device, precision, compiled_size=None):
@@ -601,17 +590,14 @@ def decode(files, image_size):
             continue
         images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise InputError(
-            f"cannot read {len(broken)} of {len(files)} images: {', '.join(broken[:5])}{more}; "
-            "fix or remove them"
+            f"cannot read {len(broken)} of {len(files)} images: fix or remove "
+            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}"
         )
     return images, torch.tensor([label for _, label in files])
 
 
-SHAPES = [
-    "disc", "ring", "half-disc", "crescent", "square", "frame", "triangle", "cross", "star", "bars"
-]  # fmt: skip
+SHAPES = "disc ring half-disc crescent square frame triangle cross star bars".split()
 
 
 def draw_shapes(n, image_size, seed):
@@ -693,33 +679,30 @@ def read_shapes(image_size):
 
 def check_outputs(*paths):
     """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
-    if rank() > 0:
-        return
-    for path in paths:
+    for path in paths if rank() == 0 else ():
+        temporary = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            if os.path.exists(path):
+                open(path, "r+b").close()  # fails for a folder or a read-only file
+            open(temporary, "wb").close()
+            os.remove(temporary)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
-        write_file(path)
 
 
-def write_file(path, content=None):
+def write_file(path, content):
     """Write bytes to a temporary file and rename it: `path` is never half written.
 
-    Raises InputError, with `path` as it was, if that fails. Without content it only tries.
+    Raises InputError, with `path` as it was, if that fails.
     """
     temporary = f"{path}.{os.getpid()}.part"  # two runs never write into one
     try:
-        if os.path.exists(path):
-            open(path, "r+b").close()  # fails for a folder or a read-only file
         with open(temporary, "wb") as file:
-            file.write(content or b"")
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if content is None:
-            os.remove(temporary)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -742,10 +725,7 @@ def png_bytes(img):
     return buffer.getvalue()
 
 
-VERSIONS = {
-    "python": sys.version.split()[0],
-    **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np)},
-}
+VERSIONS = {x.__name__: str(x.__version__) for x in (torch, torchvision, timm, np)}
 
 
 def model_bytes(model, architecture, args, **more):
@@ -774,8 +754,7 @@ class InertModule(torch.nn.Module):
 # The classes of which the source's whole-module pickles consist.
 MODULE_CLASS = re.compile(
     r"(model|__main__)\.(MAE_ViT|MAE_Encoder|MAE_Decoder|PatchShuffle|ViT_Classifier)"
-    r"|torch\.nn\.modules\.\w+\.[A-Z]\w+|torch\.nn\.parallel\.data_parallel\.DataParallel"
-    r"|timm\.(models|layers)\.([a-z_]+\.)*[A-Z]\w+|einops\.([a-z_]+\.)*[A-Z]\w+"
+    r"|torch\.nn\.(modules|parallel)\.\w+\.[A-Z]\w+|(timm|einops)\.([a-z_]+\.)*[A-Z]\w+"
 )
 
 
@@ -789,39 +768,15 @@ def read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if name := archive.testzip():  # torch.load does not look at the checksums
-                raise InputError(f"{path} is damaged: the checksum of {name} is wrong")
+                raise ValueError(f"it is damaged, the checksum of {name} is wrong")
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = [name for name in asked if not MODULE_CLASS.fullmatch(name)]
+        refused = sorted(name for name in asked if not MODULE_CLASS.fullmatch(name))
         if refused:
-            raise InputError(f"{path} is refused: it would run {', '.join(sorted(refused)[:5])}")
+            raise ValueError(f"it would run {', '.join(refused[:5])}")
         with torch.serialization.safe_globals([(InertModule, name) for name in asked]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
     except Exception as error:  # a damaged file can trip its reader anywhere
-        reason = str(error) or type(error).__name__
-        raise InputError(f"{path} is not a PyTorch checkpoint, or damaged: {reason}") from error
-
-
-def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> content of a model file."""
-    module = module._modules.get("module", module)
-    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
-    encoder = module._modules.get("encoder", module)
-    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
-    if kind == "MAE_ViT":
-        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
-        architecture["mask_ratio"] = encoder.shuffle.ratio
-    weights = dict(module.named_parameters())
-    return {"kind": kind, "model": weights, "architecture": architecture}
-
-
-def build(module_class, *sizes, **named_sizes):
-    """module_class(...), with an InputError for sizes that do not fit together."""
-    try:
-        return module_class(*sizes, **named_sizes)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"cannot read {path} as a PyTorch checkpoint: {error}") from error
 
 
 def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
@@ -844,21 +799,19 @@ def load_model(path, kind):
         elif "model" not in content:
             content = {"kind": kind, "model": content}
         if content.get("kind") != kind:
-            raise InputError(f"{path} is not a file of {kind}: its kind is {content.get('kind')}")
+            raise ValueError(f"its kind is {content.get('kind')}")
         weights = {name.removeprefix("module."): x for name, x in content["model"].items()}
         # Sizes are those of the tensors, whatever the file claims.
-        told = {"encoder_head": 3} | content.get("architecture", {})
-        architecture = told | architecture_of(weights)
+        claimed = {"encoder_head": 3} | content.get("architecture", {})
+        architecture = claimed | architecture_of(weights)
         with torch.device("meta"):  # no memory: the weights are those of the file
             model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
         model.load_state_dict(weights, assign=True)
         for name, tensor in weights.items():
             if not tensor.isfinite().all():
-                raise InputError(f"{path}: {name} has values that are not finite")
-    except InputError:
-        raise
+                raise ValueError(f"{name} has values that are not finite")
     except Exception as error:  # nothing is known of the values in the file
-        raise InputError(f"{path} does not hold the weights of {kind}: {error!r}") from error
+        raise InputError(f"{path} does not hold the weights of {kind}: {error}") from error
     return model.float(), architecture, content
 
 
@@ -881,28 +834,31 @@ def new_run_folder(*parts):
 
 
 class Curves:
-    """A run's TensorBoard events. Only process 0 has them; in others folder is None.
+    """A run's TensorBoard events, written by process 0.
 
     Every writer begins with purge_step: of what an interrupted run wrote from that epoch on,
-    TensorBoard then shows only the resumed run's. SummaryWriter.add_scalars would not pass it on,
-    so curves that share a chart have their writers, and folders, here.
+    TensorBoard then shows only the resumed run's. SummaryWriter.add_scalars does not do so, hence
+    a writer and a folder for each of several curves in a chart.
     """
 
     def __init__(self, folder):
         self.folder, self.writers = folder, {}
-        # A writer's thread prints a traceback of the OSError that it also passes on to write().
+        # A writer's thread prints a traceback of an OSError, which write() gets too.
         threading.excepthook = lambda args: (
             isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
         )
 
     def write(self, epoch, scalars, images=None):
-        """scalars: {tag: value, or {name: value} for several curves in a chart}; images: {tag: img
-        [3,H,W] in [0, 1]}. If the disk is full, warn and lose them."""
-        if self.folder is None:
+        """Add the points of an epoch. If the disk is full, warn and lose them.
+
+        scalars: {tag: value, or {name: value} for several curves in a chart}; images: {tag: img},
+        [3,H,W] in [0, 1].
+        """
+        if rank() > 0:
             return
         try:
             for tag, value in scalars.items():
-                curves = value if isinstance(value, dict) else {None: value}
+                curves = value if isinstance(value, dict) else {"": value}
                 for name, number in curves.items():
                     part = f"{tag.replace('/', '_')}_{name}" if name else ""
                     self.writer(part, epoch).add_scalar(tag, number, epoch)
@@ -920,10 +876,6 @@ class Curves:
             self.writers[part] = SummaryWriter(folder, purge_step=epoch)
         return self.writers[part]
 
-    def close(self):
-        for writer in self.writers.values():
-            writer.close()
-
 
 class Progress:
     """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
@@ -940,9 +892,9 @@ class Progress:
             sums.zero_()
         self.sums = to_device(sums, device)
         self.host_sums = sums.pin_memory() if device.type == "cuda" else sums.clone()
+        bar |= {"unit": "img", "mininterval": 0.3, "leave": False}
         hidden = True if rank() > 0 else None  # None: unless on a terminal
-        bar |= {"unit": "img", "mininterval": 0.3, "leave": False, "disable": hidden}
-        self.bar = tqdm(initial=int(self.images_before), **bar)
+        self.bar = tqdm(initial=int(self.images_before), disable=hidden, **bar)
 
     def add(self, num_images, *sums):
         """Add a micro-batch: its size, and its summed values in the order of names."""
@@ -974,9 +926,9 @@ def describe_run(args, chosen, model, dataset, folder):
     """Print once what this run is."""
     parameters = sum(p.numel() for p in model.parameters())
     sizes = f"{len(dataset.train_images):,} training, {len(dataset.val_images):,} validation images"
-    print_rank_0(f"arguments: {', '.join(f'{name} {value}' for name, value in vars(args).items())}")
-    print_rank_0(f"libraries: {', '.join(f'{name} {value}' for name, value in VERSIONS.items())}")
-    print_rank_0(f"chosen:    {', '.join(f'{name} {value}' for name, value in chosen.items())}")
+    for title, facts in (("arguments", vars(args)), ("libraries", VERSIONS), ("chosen", chosen)):
+        text = ", ".join(f"{name} {value}" for name, value in facts.items())
+        print_rank_0(f"{title + ':':11}{text}")
     print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
     print_rank_0(f"dataset:   {args.dataset}, {sizes}")
     print_rank_0(f"curves:    {folder}")
@@ -1014,8 +966,7 @@ def read_state(path):
 def resume_args(parser, argv, args, output):
     """The arguments of the run whose state lies beside the model file, changed as argv asks.
 
-    Raises InputError if there is no such run, or if argv would change its result, naming each
-    difference.
+    Raises InputError if there is no such run, or naming what in argv would change its result.
     """
     model_path = getattr(args, output)
     path = state_path(model_path)
@@ -1064,7 +1015,7 @@ class Run:
         elif rank() == 0:
             set_aside(self.path)
             self.folder = new_run_folder(args.log_dir, args.dataset, name)
-        self.curves = Curves(self.folder if rank() == 0 else None)
+        self.curves = Curves(self.folder)
         weights = checksum(*model.parameters())
         check_same_settings(epoch=self.epoch, update=self.update, weights=weights)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1089,8 +1040,7 @@ class Run:
     def note_signal(self, number, _):
         """Let the current update finish, then save and stop. A second signal stops at once.
 
-        Not under torchrun, which passes signals on that its processes may have got already, and
-        kills them itself after 30 seconds.
+        Not under torchrun, which passes on signals that its processes may already have got.
         """
         self.signal = number
         if world_size() == 1:

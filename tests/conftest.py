@@ -1,9 +1,12 @@
 """What the tests of the scripts share: a tiny run, and reading back what it left on the disk."""
 
+import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,3 +77,28 @@ def same_weights(path, other, tolerance=0.0):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):
+    """Small files in the official format; torchvision is told their md5, which it checks."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    written, md5 = {}, {}
+    for name, n in files.items():
+        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = [int(x) for x in rng.integers(0, 10, n)]
+        content = pickle.dumps({"data": data, label_key: labels})
+        (folder / name).write_bytes(content)
+        written[name], md5[name] = (data, labels), hashlib.md5(content).hexdigest()
+    content = pickle.dumps(meta)
+    (folder / "the_meta").write_bytes(content)
+    names = list(files)
+    monkeypatch.setattr(dataset, "train_list", [[name, md5[name]] for name in names[:-1]])
+    monkeypatch.setattr(dataset, "test_list", [[names[-1], md5[names[-1]]]])
+    key = next(iter(meta))
+    monkeypatch.setattr(
+        dataset,
+        "meta",
+        {"filename": "the_meta", "key": key, "md5": hashlib.md5(content).hexdigest()},
+    )
+    return written

@@ -1,14 +1,13 @@
 """Every data set, read from files that the tests write, and what is wrong with them named."""
 
 import argparse
-import hashlib
 import os
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import write_official_files
 from PIL import Image
 
 import utils
@@ -26,31 +25,6 @@ def load(dataset, path="data", image_size=32, train_images=None, need_classes=Tr
 def save_image(path, colour=(200, 100, 50), size=(40, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path)
-
-
-def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):
-    """Small files in the official format; torchvision is told their md5, which it checks."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    written, md5 = {}, {}
-    for name, n in files.items():
-        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        labels = [int(x) for x in rng.integers(0, 10, n)]
-        content = pickle.dumps({"data": data, label_key: labels})
-        (folder / name).write_bytes(content)
-        written[name], md5[name] = (data, labels), hashlib.md5(content).hexdigest()
-    content = pickle.dumps(meta)
-    (folder / "the_meta").write_bytes(content)
-    names = list(files)
-    monkeypatch.setattr(dataset, "train_list", [[name, md5[name]] for name in names[:-1]])
-    monkeypatch.setattr(dataset, "test_list", [[names[-1], md5[names[-1]]]])
-    key = next(iter(meta))
-    monkeypatch.setattr(
-        dataset,
-        "meta",
-        {"filename": "the_meta", "key": key, "md5": hashlib.md5(content).hexdigest()},
-    )
-    return written
 
 
 def test_cifar10_in_the_official_format(tmp_path, monkeypatch):

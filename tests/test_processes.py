@@ -1,7 +1,11 @@
 """One run, any layout: several processes, on one machine or two, give the result of one."""
 
+import argparse
+import hashlib
+import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +15,7 @@ import time
 
 import pytest
 import torch
+import torchvision
 from conftest import (
     CLASSIFY,
     PRETRAIN,
@@ -20,7 +25,9 @@ from conftest import (
     read,
     same_weights,
     scalars,
+    write_official_files,
 )
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -176,6 +183,78 @@ def test_an_error_of_the_first_process_ends_the_others():
     assert output("a") == "error: there is no folder nowhere\n"
     assert len(output("a", 1).splitlines()) == 1
     assert time.monotonic() - begin < 30
+
+
+def download(attributes, folder, environment):
+    """The body of a process that reads CIFAR-10 from a server that is told where it is."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for name, value in attributes.items():
+        setattr(torchvision.datasets.CIFAR10, name, value)
+    with utils.processes(), utils.one_line_errors():
+        args = argparse.Namespace(
+            dataset="cifar10", data_path="data", image_size=32, train_images=None
+        )
+        dataset = utils.load_dataset(args, torch.device("cpu"))
+        torch.save(dataset.train_images, f"read-{environment['RANK']}.pth")
+
+
+def test_several_processes_download_once(tmp_path, monkeypatch):
+    cifar = torchvision.datasets.CIFAR10
+    files = {"data_batch_1": 6, "data_batch_2": 5, "test_batch": 4}
+    meta = {"label_names": [str(i) for i in range(10)]}
+    folder = tmp_path / "server" / "cifar-10-batches-py"
+    write_official_files(monkeypatch, cifar, folder, files, meta, "labels")
+    archive = shutil.make_archive("server/archive", "gztar", "server", "cifar-10-batches-py")
+    asked = []
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "server")
+
+        def log_message(self, *args):
+            asked.append(args)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        attributes = {name: getattr(cifar, name) for name in ("train_list", "test_list", "meta")}
+        attributes["url"] = f"http://127.0.0.1:{server.server_port}/archive.tar.gz"
+        attributes["filename"] = "archive.tar.gz"
+        with open(archive, "rb") as file:
+            attributes["tgz_md5"] = hashlib.md5(file.read()).hexdigest()
+        requests = {}
+        for n in (1, 4):
+            os.mkdir(f"{n}")
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            # As on two machines that share a disk: two of the four are the first of theirs.
+            layout = [{"RANK": str(i), "LOCAL_RANK": str(i % 2)} for i in range(n)]
+            started = [
+                new_process(download, attributes, os.path.abspath(f"{n}"), environment)
+                for environment in (shared | {"WORLD_SIZE": str(n)} | place for place in layout)
+            ]
+            for process in started:
+                process.join(timeout=100)
+            assert [process.exitcode for process in started] == [0] * n
+            requests[n] = len(asked)
+            asked.clear()
+        server.shutdown()
+    assert requests[1] > 0 and requests[4] == requests[1]
+    images = [read("1/read-0.pth"), *(read(f"4/read-{i}.pth") for i in range(4))]
+    assert images[0].shape == (11, 3, 32, 32)
+    assert all(torch.equal(images[0], other) for other in images)
+
+
+def test_processes_with_other_numbers_of_images_are_refused():
+    for name, n in (("a", 20), ("b", 19)):
+        os.makedirs(f"job/{name}")
+        for i in range(n):
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(f"job/{name}/{i}.png")
+    flags = (
+        "--image_size 32 --patch_size 8 --emb_dim 24 --encoder_layer 1 --decoder_layer 1".split()
+    )
+    flags += ["--dataset", "folder", "--data_path", "a"]  # may be another on each machine
+    assert train("mae_pretrain", flags, "job", 2, flags_of_last=["--data_path", "b"]) == [1, 1]
+    assert "process 1 has images (19, 16), process 0 has (20, 16)" in output("job")
 
 
 def torchrun(folder, *flags, script="mae_pretrain.py"):

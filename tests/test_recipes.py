@@ -367,7 +367,7 @@ def test_a_strangers_folder(capsys):
     with open("strange/train/猫/torn.jpg", "wb") as file:
         file.write(b"\xff\xd8\xff\xe0 not much of an image")
     folder = "--dataset folder --data_path strange --train_images 20".split()
-    with pytest.raises(utils.InputError, match="1 of 23 images: strange/train/猫/torn.jpg"):
+    with pytest.raises(utils.InputError, match="1 of 23 images: .* strange/train/猫/torn.jpg"):
         pretrain("--dataset", "folder", "--data_path", "strange", "--train_images", "23")
     os.remove("strange/train/猫/torn.jpg")
     for size, patch in (("64", "8"), ("96", "16"), ("224", "16")):

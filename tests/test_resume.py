@@ -378,8 +378,8 @@ def only(kind):
     """A write_file that can write states, or all other files, only."""
     write_file = utils.write_file
 
-    def write(path, content=None):
-        if content and ("state" in path) != (kind == "states"):
+    def write(path, content):
+        if ("state" in path) != (kind == "states"):
             raise utils.InputError(f"cannot write {path}: Permission denied")
         write_file(path, content)
 

@@ -293,8 +293,8 @@ def test_bad_pretrained_files(tmp_path):
     pretrain()
     for flags, messages in [
         ("missing.pth", ["there is no file missing.pth"]),
-        ("text.pth", ["text.pth", "not a PyTorch checkpoint"]),
-        ("empty.pth", ["empty.pth", "not a PyTorch checkpoint"]),
+        ("text.pth", ["cannot read text.pth as a PyTorch checkpoint"]),
+        ("empty.pth", ["cannot read empty.pth as a PyTorch checkpoint"]),
         ("other.pth", ["other.pth", "MAE_ViT"]),
         ("classifier.pth", ["classifier.pth", "ViT_Classifier"]),
         ("large.pth --dataset cifar10", ["64", "32x32"]),
@@ -339,4 +339,4 @@ def test_compiled_for_one_shape_without_graph_breaks(monkeypatch):
 
 def test_long_warm_up_is_warned_about(capsys):
     pretrain("--warmup_epoch", "5")
-    assert "warning: --warmup_epoch 5" in capsys.readouterr().out
+    assert "warning: warm-up takes the whole run: lower --warmup_epoch" in capsys.readouterr().out
