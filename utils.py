@@ -68,16 +68,17 @@ def one_line_errors():
     except (InputError, SizeError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        # gloo raises plain RuntimeErrors, in which it quotes its own file names.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            lost = InputError(f"another process has failed or cannot be reached: {error}")
-            tqdm.write(f"error: {lost}", file=sys.stderr)
-            os._exit(1)  # to leave the process group could take as long as its time-out
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "allocate memory" not in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in str(error):
+            message = (
+                "out of memory: try a smaller --max_device_batch_size, fewer or smaller images"
+            )
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):  # names of gloo's files
+            message = InputError(f"another process has failed or cannot be reached: {error}")
+        else:
             raise
-        message = "out of memory: try a smaller --max_device_batch_size, fewer or smaller images"
     tqdm.write(f"error: {message}", file=sys.stderr)
+    if world_size() > 1:  # to leave the process group could take as long as its time-out
+        os._exit(1)
     sys.exit(1)
 
 
@@ -1124,7 +1125,8 @@ class Run:
             except InputError as error:
                 if self.epoch == self.args.total_epoch:
                     raise
-                return print_rank_0(f"warning: {error}; will try again")
+                print_rank_0(f"warning: {error}; will try again")
+                break
             del self.files[path]
 
     def check_finite(self, *tensors):

@@ -314,6 +314,28 @@ def test_error_ends_the_process_without_traceback():
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, utils.one_line_errors():
+        raise error
+    assert stop.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory: try a smaller --max_device_batch_size")
+    assert len(line.splitlines()) == 1
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shape"), utils.one_line_errors():
+        raise RuntimeError("shape '[2]' is invalid")
+
+
 def test_compiled_for_one_shape_without_graph_breaks(monkeypatch):
     """As on a GPU, but with a backend that needs no compiler: same result, two graphs in all."""
     graphs = []
