@@ -69,10 +69,8 @@ def one_line_errors():
         message = error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in str(error):
-            message = (
-                "out of memory: try a smaller --max_device_batch_size, fewer or smaller images"
-            )
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):  # names of gloo's files
+            message = "out of memory: lower --max_device_batch_size, --image_size or --train_images"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):  # it names gloo's files
             message = InputError(f"another process has failed or cannot be reached: {error}")
         else:
             raise

@@ -327,7 +327,7 @@ def test_too_little_memory_is_one_line(error, capsys):
         raise error
     assert stop.value.code == 1
     line = capsys.readouterr().err
-    assert line.startswith("error: out of memory: try a smaller --max_device_batch_size")
+    assert line.startswith("error: out of memory: lower --max_device_batch_size")
     assert len(line.splitlines()) == 1
 
 
