@@ -140,8 +140,8 @@ def reconstruct_images(args):
     norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
     path = os.path.splitext(args.model_path)[0] + "-reconstructed.png"
     utils.check_outputs(path)
-    one = os.path.isfile(args.reconstruct)
-    files = [(args.reconstruct, 0)] if one else utils.list_images(args.reconstruct)[0]
+    is_file = os.path.isfile(args.reconstruct)
+    files = [(args.reconstruct, 0)] if is_file else utils.list_images(args.reconstruct)[0]
     img = utils.to_float(utils.decode(files[:16], architecture["image_size"])[0])
     noise = torch.rand(len(img), len(model.encoder.pos_embedding),
         generator=utils.generator("shown", args.seed))  # fmt: skip
@@ -223,7 +223,7 @@ def main(args):
 
     fingerprint = utils.checksum(*dataset[:4])
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, fingerprint)
-    utils.describe_run(args, chosen, model, dataset, run.folder)
+    utils.describe_run(args, chosen, model, dataset, run.curves.folder)
 
     for epoch in range(run.epoch, args.total_epoch):
         lr = utils.set_learning_rate(optim, epoch, args)

@@ -252,8 +252,7 @@ def unpack_module(module):
     if kind == "MAE_ViT":
         architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
         architecture["mask_ratio"] = encoder.shuffle.ratio
-    weights = dict(module.named_parameters())
-    return {"kind": kind, "model": weights, "architecture": architecture}
+    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
 
 
 def to_timm(model):

@@ -304,6 +304,7 @@ def draw_confusion(counts, classes):
     img = Image.new("RGB", (left + k * cell, top + k * cell), "white")
     img.paste(Image.fromarray(cells.numpy()), (left, top))
     draw = ImageDraw.Draw(img)
+    draw.text((4, 4), "true, predicted" if left else "", "black")
     for i, name in enumerate(classes if left else []):
         middle = i * cell + cell // 2
         draw.text((left - 6, top + middle), f"{name[:16]} {i}", "black", anchor="rm")
@@ -327,8 +328,7 @@ def evaluate_file(args):
     classes = content.get("classes") or dataset.classes  # the source's files do not name them
     if classes != dataset.classes or k != len(classes):
         raise utils.InputError(
-            f"{args.eval} knows {k} classes, {classes}, the dataset has {len(dataset.classes)}: "
-            f"{dataset.classes}"
+            f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
     micro_batch_size = utils.choose_micro_batch_size(args, device)
     net, _ = utils.wrap_model(model.eval(), device, args, micro_batch_size, 0)
@@ -358,7 +358,6 @@ def hold_out(dataset, n):
     if not rest.any():
         raise utils.InputError(f"--holdout {n} leaves no image to train on")
     images, labels = dataset.train_images, dataset.train_labels
-    held, rest = held.to(images.device), rest.to(images.device)
     return utils.Dataset(images[rest], labels[rest], images[held], labels[held], dataset.classes)
 
 
@@ -396,7 +395,7 @@ def main(args):
     )
 
     run = utils.Run(args, name, args.output_model_path, model, optim, fingerprint)
-    utils.describe_run(args, chosen, model, dataset, run.folder)
+    utils.describe_run(args, chosen, model, dataset, run.curves.folder)
     if args.linear_probe:  # now, as a resumed run has the encoder from its state
         norm, (images, val_images, test_images) = extract_features(
             model, chosen["precision"], micro_batch_size, images, val_images, test_images
@@ -430,11 +429,12 @@ def main(args):
         run.results["last"] = results
         if best:
             run.results["best"] = results
-            facts = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
-            facts |= {"chosen": chosen, "classes": classes}
+            more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
+            more |= {"chosen": chosen, "classes": classes}
             saved = fold_norm(model, norm) if args.linear_probe else model
-            content = utils.model_bytes(saved, architecture, args, **facts)
-            run.files[args.output_model_path] = content
+            run.files[args.output_model_path] = utils.model_bytes(
+                saved, architecture, args, **facts
+            )
         if run.end_epoch():
             run.save()
     utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
@@ -443,16 +443,14 @@ def main(args):
 def report(args, results, num_test):
     """The accuracies of a run, each named by the images on which its epoch was chosen."""
     best, last = results["best"], results["last"]
-    if not args.holdout:
-        return (
-            f"accuracy on {num_test:,} validation images: best {best['acc']:.2%} (epoch "
-            f"{best['epoch']}, chosen on these images), last {last['acc']:.2%}; "
-            "model of the best epoch"
-        )
+    if args.holdout:
+        chosen = f"{args.holdout:,} training images held out, on those {best['acc']:.2%}"
+        kind, key = "test", "test_acc"
+    else:
+        chosen, kind, key = "these images", "validation", "acc"
     return (
-        f"accuracy on {num_test:,} test images: best epoch {best['test_acc']:.2%} (epoch "
-        f"{best['epoch']}, chosen on {args.holdout:,} training images held out, on those "
-        f"{best['acc']:.2%}), last {last['test_acc']:.2%}; model of the best epoch"
+        f"accuracy on {num_test:,} {kind} images: best {best[key]:.2%} (epoch {best['epoch']}, "
+        f"chosen on {chosen}), last {last[key]:.2%}; model of the best epoch"
     )
 
 

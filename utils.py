@@ -8,13 +8,13 @@ import io
 import itertools
 import math
 import os
-import random
 import re
 import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 import typing
 import warnings
 import zipfile
@@ -60,36 +60,38 @@ def print_rank_0(text):
 @contextlib.contextmanager
 def one_line_errors():
     """End the program with `error: ...` and status 1 where the user can fix the cause."""
-    with contextlib.suppress(AttributeError):  # a notebook's stdout, which shows any file's name
+    with contextlib.suppress(AttributeError):  # a notebook's stdout prints every character anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         return
-    except (InputError, SizeError) as error:
-        message = error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate mem" in str(error):
+    except Exception as error:
+        if isinstance(error, (InputError, SizeError)):
+            message = error
+        elif isinstance(error, MemoryError) or re.search("(of|allocate) memory", str(error)):
             message = "out of memory: lower --max_device_batch_size, --image_size or --train_images"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):  # it names gloo's files
+        elif isinstance(error, dist.DistError) or "/gloo/" in str(error):  # a path in its source
             message = InputError(f"another process has failed or cannot be reached: {error}")
-        else:
+        elif world_size() == 1:
             raise
+        else:
+            message = traceback.format_exc()
     tqdm.write(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # to leave the process group could take as long as its time-out
+    if world_size() > 1:  # to destroy the process group would wait for the other processes
         os._exit(1)
     sys.exit(1)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the script's own line breaks; adds defaults where a flag has a telling one."""
+    """Keeps the script's own line breaks; shows defaults other than None and False."""
 
     def _get_help_string(self, action):
-        telling = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if telling else action.help
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Answers a wrong flag in one line; the usage of every flag is left to --help."""
+    """Reports a wrong flag in one line, without the usage of all flags."""
 
     def __init__(self, description):
         super().__init__(
@@ -105,8 +107,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse(self, argv, demo, output):
         """argv -> Namespace. --demo replaces defaults; --resume takes the flags of the saved run.
 
-        demo: {flag: value}, over which flags in argv win. output: the name of the flag with the
-        model file's path. Raises InputError if another process was given other flags.
+        demo: {flag: value}; flags in argv override it. output: the name of the flag with the model
+        file's path. Raises InputError if another process was given other flags.
         """
         if self.parse_known_args(argv)[0].demo:
             self.set_defaults(**demo)
@@ -173,9 +175,9 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add = parser.add_argument_group("output").add_argument
     add(model_flag, help="the model file; other files of the run go beside it")
     add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "
-        "a later run takes the next free name, with -2, -3, ... behind it")
+        "later runs append -2, -3, ... to the name")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
-        help="save the state at least every M minutes, and at the end of an epoch if that is cheap")
+        help="save the state every M minutes, and after each epoch if that costs at most 2 % more")
     add("--resume", action="store_true",
         help="continue from the run's last saved state; flags need not be repeated, and those that "
              "would change the result must not differ")
@@ -184,7 +186,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
 
 
 # ----------------------------------------------------------------------------------- processes
-# One run on several GPUs or machines; called at the end of each script and throughout this file.
+# One run on several GPUs or machines: the scripts call `processes`, this file calls the rest.
 
 
 def rank():
@@ -199,11 +201,12 @@ def world_size():
 
 @contextlib.contextmanager
 def processes():
-    """Join the other processes of the run, if torchrun has started several, and leave in the end.
+    """Initialise the process group if torchrun has started several processes; destroy it at last.
 
-    NCCL reduces what is on a GPU, gloo all else. Process 0 alone prints and writes files.
+    NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if not launched or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     # Harmless: for the [1,1,C] tokens both strides mean the same layout.
@@ -236,11 +239,9 @@ def check_same_settings(**settings):
     dist.all_gather_object(gathered, settings)
     for number, others in enumerate(gathered):
         for name, value in gathered[0].items():
-            if others[name] != value:
-                raise InputError(
-                    f"process {number} has {name} {others[name]}, process 0 has {value}: give all "
-                    "machines the same flags, code and files"
-                )
+            if others.get(name) != value:
+                text = f"process {number} has {name} {others.get(name)}, process 0 has {value}"
+                raise InputError(f"{text}: give all machines the same flags, code and files")
 
 
 # ------------------------------------------------------------------------ device and precision
@@ -293,7 +294,7 @@ def choose_precision(name, device):
 
 
 class MixedPrecision(torch.nn.Module):
-    """Runs a module in the chosen precision, and compiled for inputs of one batch size if any.
+    """Autocast around a module, which is compiled for inputs of one batch size if one is given.
 
     Other sizes, such as the last of an epoch, run uncompiled: each would take long to compile.
     Autocast is entered in here, as the threads of DataParallel do not inherit it.
@@ -311,7 +312,7 @@ class MixedPrecision(torch.nn.Module):
             return self.module(*inputs)
 
     def forward(self, *inputs):
-        if len(inputs[0]) == 0:  # an empty shard; not every attention kernel takes no image
+        if len(inputs[0]) == 0:  # an empty shard, for which some attention kernels fail
             return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
         run = self.compiled if len(inputs[0]) == self.compiled_size else self.run
         return run(*inputs)
@@ -350,7 +351,7 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
 
 
 def choose_micro_batch_size(args, device):
-    """Images in a micro-batch: the fewest micro-batches that are not too large, all of one size.
+    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows.
 
     In fp32 a CPU is as fast with 64 images as with more, and needs less memory.
     """
@@ -386,10 +387,8 @@ def to_device(tensor, device):
 
 
 def setup_seed(seed=2022):
-    """Seed the global generators, which draw the initial weights; all else uses `generator`."""
+    """Seed PyTorch's global generator, which draws the initial weights, and nothing else."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def generator(*key):
@@ -442,7 +441,7 @@ def to_float(images):
 
 
 def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
-    """Resample img [b,3,H,W] where matrix [b,2,3] takes each output pixel, in units of [-1, 1].
+    """Resample img [b,3,H,W]; matrix [b,2,3] maps output to input coordinates, both in [-1, 1].
 
     By default pixels from outside of the image are 0, the middle of their range.
     """
@@ -457,7 +456,7 @@ def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
 def load_dataset(args, device, need_classes=True):
     """Read args.dataset whole into the device's memory -> Dataset. Raises InputError if it cannot.
 
-    Each process reads for itself. need_classes: whether images without classes will not do.
+    Each process reads for itself. need_classes: every image must lie in the folder of its class.
     """
     if args.dataset == "shapes":
         dataset = read_shapes(args.image_size)
@@ -469,7 +468,7 @@ def load_dataset(args, device, need_classes=True):
         raise InputError(
             f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32"
         )
-    if args.train_images:
+    if args.train_images and args.dataset != "folder":  # which has read only those
         keep = spread(dataset.train_labels, args.train_images, "--train_images")
         images, labels = dataset.train_images[keep], dataset.train_labels[keep]
         dataset = dataset._replace(train_images=images, train_labels=labels)
@@ -577,7 +576,8 @@ def decode(files, image_size):
     """
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     broken = []
-    for i, (path, _) in enumerate(tqdm(files, "Reading images", disable=None, leave=False)):
+    bar = tqdm(files, "Reading images", disable=rank() > 0 or None, leave=False)
+    for i, (path, _) in enumerate(bar):
         try:
             with Image.open(path) as file:
                 img = ImageOps.exif_transpose(file)
@@ -589,10 +589,8 @@ def decode(files, image_size):
             continue
         images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
     if broken:
-        raise InputError(
-            f"cannot read {len(broken)} of {len(files)} images: fix or remove "
-            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}"
-        )
+        names = ", ".join(broken)  # InputError cuts it if it is long
+        raise InputError(f"cannot read {len(broken)} of {len(files)} images: fix or remove {names}")
     return images, torch.tensor([label for _, label in files])
 
 
@@ -680,6 +678,8 @@ def check_outputs(*paths):
     """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
     for path in paths if rank() == 0 else ():
         temporary = f"{path}.{os.getpid()}.part"
+        if not os.path.basename(path) or paths.count(path) > 1:
+            raise InputError(f"cannot write {path!r}: not a file name, or that of two files")
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             if os.path.exists(path):
@@ -709,7 +709,7 @@ def write_file(path, content):
 
 
 def to_bytes(content):
-    """What torch.save writes. In memory first: a full disk then meets plain bytes."""
+    """What torch.save writes, in memory: a full disk then fails in write_file, not in here."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -763,9 +763,11 @@ def read_checkpoint(path):
     Raises InputError for what is not there, is damaged, or asks for any other class or function.
     """
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path}; both scripts say where they write theirs")
+        raise InputError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError("it is compressed, as torch.save never does")
             if name := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"it is damaged, the checksum of {name} is wrong")
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -799,19 +801,22 @@ def load_model(path, kind):
             content = {"kind": kind, "model": content}
         if content.get("kind") != kind:
             raise ValueError(f"its kind is {content.get('kind')}")
-        weights = {name.removeprefix("module."): x for name, x in content["model"].items()}
+        weights = {}
+        for name, x in content["model"].items():  # a view of few values may claim to be many
+            plain = isinstance(x, torch.Tensor) and x.is_floating_point()
+            if not plain or x.nbytes > x.untyped_storage().nbytes() or not x.isfinite().all():
+                raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
+            x = x.float().clone(memory_format=torch.contiguous_format)
+            weights[name.removeprefix("module.")] = x
         # Sizes are those of the tensors, whatever the file claims.
         claimed = {"encoder_head": 3} | content.get("architecture", {})
         architecture = claimed | architecture_of(weights)
         with torch.device("meta"):  # no memory: the weights are those of the file
             model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
         model.load_state_dict(weights, assign=True)
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite")
     except Exception as error:  # nothing is known of the values in the file
         raise InputError(f"{path} does not hold the weights of {kind}: {error}") from error
-    return model.float(), architecture, content
+    return model, architecture, content
 
 
 # --------------------------------------------------------------------------- curves and progress
@@ -820,9 +825,8 @@ def load_model(path, kind):
 
 def new_run_folder(*parts):
     """Make a folder for a run's curves: the next free one of name, name-2, name-3, ..."""
-    name = os.path.join(*parts)
     for i in itertools.count(1):
-        folder = name if i == 1 else f"{name}-{i}"
+        folder = os.path.join(*parts) + (f"-{i}" if i > 1 else "")
         try:
             os.makedirs(folder)
             return folder
@@ -835,23 +839,22 @@ def new_run_folder(*parts):
 class Curves:
     """A run's TensorBoard events, written by process 0.
 
-    Every writer begins with purge_step: of what an interrupted run wrote from that epoch on,
-    TensorBoard then shows only the resumed run's. SummaryWriter.add_scalars does not do so, hence
-    a writer and a folder for each of several curves in a chart.
+    Every writer begins with purge_step: TensorBoard then drops what an interrupted run wrote from
+    that epoch on. SummaryWriter.add_scalars would not do so: several curves in a chart have a
+    writer and a folder each.
     """
 
     def __init__(self, folder):
         self.folder, self.writers = folder, {}
-        # A writer's thread prints a traceback of an OSError, which write() gets too.
+        # write() reports a writer's OSError; its thread would print a traceback as well.
         threading.excepthook = lambda args: (
             isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
         )
 
     def write(self, epoch, scalars, images=None):
-        """Add the points of an epoch. If the disk is full, warn and lose them.
+        """Write {tag: value, or {name: value} for several curves in a chart} and {tag: [3,H,W]}.
 
-        scalars: {tag: value, or {name: value} for several curves in a chart}; images: {tag: img},
-        [3,H,W] in [0, 1].
+        If the disk is full, warn and lose them.
         """
         if rank() > 0:
             return
@@ -879,8 +882,8 @@ class Curves:
 class Progress:
     """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
 
-    In front is the number of images, then a sum for each name. The bar, on a terminal only, shows
-    means by the sums that have reached the host by then. Each process sums over its own images.
+    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. The bar
+    is shown on a terminal only (disable=None).
     """
 
     def __init__(self, device, names, sums=(), **bar):
@@ -891,9 +894,8 @@ class Progress:
             sums.zero_()
         self.sums = to_device(sums, device)
         self.host_sums = sums.pin_memory() if device.type == "cuda" else sums.clone()
-        bar |= {"unit": "img", "mininterval": 0.3, "leave": False}
-        hidden = True if rank() > 0 else None  # None: unless on a terminal
-        self.bar = tqdm(initial=int(self.images_before), disable=hidden, **bar)
+        bar |= {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
+        self.bar = tqdm(initial=int(self.images_before), **bar)
 
     def add(self, num_images, *sums):
         """Add a micro-batch: its size, and its summed values in the order of names."""
@@ -954,11 +956,8 @@ def read_state(path):
     if not os.path.isfile(path):
         raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or "fingerprint" not in state:  # older ones have none
-        raise InputError(
-            f"{path} is not a state of this version: resume it with the version that wrote it, "
-            "or start the run without --resume"
-        )
+    if not isinstance(state, dict) or "fingerprint" not in state:  # older states lack it
+        raise InputError(f"{path} is not a state of this version: start without --resume")
     return state
 
 
@@ -967,11 +966,11 @@ def resume_args(parser, argv, args, output):
 
     Raises InputError if there is no such run, or naming what in argv would change its result.
     """
-    model_path = getattr(args, output)
-    path = state_path(model_path)
+    path = state_path(getattr(args, output))
     saved = read_state(path)["args"]
     if vars(args).keys() != saved.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
+    saved[output] = getattr(args, output)  # the state may have been renamed
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     differences = [
         f"--{name} {value} (it has {saved[name]})"
@@ -980,7 +979,6 @@ def resume_args(parser, argv, args, output):
     ]
     if differences:
         raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
-    setattr(args, output, model_path)
     return args
 
 
@@ -1004,17 +1002,17 @@ class Run:
 
     def __init__(self, args, name, model_path, model, optim, fingerprint):
         self.args, self.model, self.optim, self.fingerprint = args, model, optim, fingerprint
-        self.path, self.folder = state_path(model_path), None
+        self.path, folder = state_path(model_path), None
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.files = {}  # path -> bytes of model files to write with the next state
         self.signal = self.stop_signal = 0  # of this process; of any process
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         if args.resume:
-            self.restore()
+            folder = self.restore(read_state(self.path))
         elif rank() == 0:
             set_aside(self.path)
-            self.folder = new_run_folder(args.log_dir, args.dataset, name)
-        self.curves = Curves(self.folder)
+            folder = new_run_folder(args.log_dir, args.dataset, name)
+        self.curves = Curves(folder)
         weights = checksum(*model.parameters())
         check_same_settings(epoch=self.epoch, update=self.update, weights=weights)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1022,28 +1020,31 @@ class Run:
         if not args.resume:
             self.save()
 
-    def restore(self):
-        """Take up the saved run. Raises InputError if its dataset or model is another."""
-        state = read_state(self.path)
+    def restore(self, state):
+        """Take up the saved run -> its curves' folder. Raises InputError if it does not fit."""
         if rank() == 0 and state["fingerprint"] != self.fingerprint:
             raise InputError(f"these are not the images with which the run of {self.path} began")
         try:
             self.model.load_state_dict(state["model"])
             self.optim.load_state_dict(state["optim"])
+            for parameter, values in self.optim.state.items():
+                for x in (values["exp_avg"], values["exp_avg_sq"]):
+                    if x.shape != parameter.shape or not x.is_contiguous():
+                        raise ValueError("its optimizer belongs to another model")
         except Exception as error:  # nothing is known of the values in the file
             raise InputError(f"{self.path} does not fit this model: {error!r}") from error
         self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
-        self.results, self.folder = state["results"], state["folder"]
+        self.results = state["results"]
         print_rank_0(f"resumed:   after {self.epoch} epochs and {self.update} updates")
+        return state["folder"]
 
     def note_signal(self, number, _):
-        """Let the current update finish, then save and stop. A second signal stops at once.
-
-        Not under torchrun, which passes on signals that its processes may already have got.
-        """
+        """Let the current update finish, then save and stop. A second signal stops at once, but not
+        under torchrun, which passes on signals that its processes may already have got."""
         self.signal = number
         if world_size() == 1:
-            signal.signal(number, signal.SIG_DFL)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print: the signal may have come in one
                 os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
@@ -1064,6 +1065,7 @@ class Run:
             self.check_finite(self.progress.host_sums)
             if self.save_is_due(60 * self.args.save_minutes):
                 self.save()
+        self.check_finite(self.progress.sums)  # those of the last update, too
 
     def end_epoch(self):
         """Note that an epoch is done. True if the caller is to save its results now.
@@ -1075,7 +1077,7 @@ class Run:
         return due or self.epoch == self.args.total_epoch
 
     def save_is_due(self, seconds):
-        """Whether process 0 saved that many seconds ago, or any process was told to stop."""
+        """Whether process 0 last saved that many seconds ago, or any process was told to stop."""
         overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
         largest = reduce_over_processes(torch.tensor([self.signal, overdue]), dist.ReduceOp.MAX)
         self.stop_signal, overdue = largest.tolist()
@@ -1108,14 +1110,13 @@ class Run:
             "model": self.model.state_dict(),
             "optim": self.optim.state_dict(),
             "fingerprint": self.fingerprint,
-            "folder": self.folder,
+            "folder": self.curves.folder,
         }
 
     def write_files(self):
-        """Write model files, then the state, which so never speaks of a file that is not there.
+        """Write the model files, and last the state: it never names results without their file.
 
-        What fails is warned about, and written with the next state; after the last epoch it is an
-        InputError.
+        What cannot be written is kept for the next save; after the last epoch it is an InputError.
         """
         for path in list(self.files):
             try:
@@ -1130,7 +1131,7 @@ class Run:
     def check_finite(self, *tensors):
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise InputError(
-                f"loss or weights are not finite in epoch {self.epoch + 1}, update {self.update}, "
+                f"not finite after {self.epoch} epochs and {self.update} updates: loss or weights, "
                 f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
                 "the last good state. Try --resume with --precision fp32, or a new run with a "
                 "lower --base_learning_rate or more --warmup_epoch"
@@ -1140,6 +1141,7 @@ class Run:
         """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
         command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
         start = "python" if world_size() == 1 else "torchrun ..."
-        print_rank_0(f"stopped after {self.epoch} epochs and {self.update} updates; to go on:")
+        lost = f", but could not save {', '.join(self.files)}" if self.files else ""
+        print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates{lost}; to go on:")
         print_rank_0(f"    {start} {command}")
         sys.exit(128 + self.stop_signal)

@@ -216,7 +216,7 @@ def test_holdout_chooses_on_training_images_and_reports_on_test_images(capsys):
     assert results["best"]["test_acc"] == pytest.approx(acc)
     assert content["metrics"]["val"]["acc"] == results["best"]["acc"] != results["best"]["test_acc"]
     last = out.splitlines()[-1]
-    for part in ("37 test images", f"best epoch {acc:.2%}", "chosen on 20 training images"):
+    for part in ("37 test images", f"best {acc:.2%}", "chosen on 20 training images"):
         assert part in last
     keep = utils.spread(dataset.train_labels, 60, "--train_images")
     few = dataset._replace(
