@@ -432,9 +432,7 @@ def main(args):
             more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
             more |= {"chosen": chosen, "classes": classes}
             saved = fold_norm(model, norm) if args.linear_probe else model
-            run.files[args.output_model_path] = utils.model_bytes(
-                saved, architecture, args, **facts
-            )
+            run.files[args.output_model_path] = utils.model_bytes(saved, architecture, args, **more)
         if run.end_epoch():
             run.save()
     utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")

@@ -177,7 +177,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "
         "later runs append -2, -3, ... to the name")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
-        help="save the state every M minutes, and after each epoch if that costs at most 2 % more")
+        help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
     add("--resume", action="store_true",
         help="continue from the run's last saved state; flags need not be repeated, and those that "
              "would change the result must not differ")

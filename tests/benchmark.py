@@ -3,8 +3,8 @@
     python tests/benchmark.py
     python tests/benchmark.py --source PATH_TO_A_CHECKOUT --json speed.json
 
-A step is a whole update of the weights: pictures, masks, forward, backward, optimizer, sums. The
-source's is its own: masks drawn picture by picture, fp32, `.item()` behind every micro-batch. The
+A step is a whole update of the weights: images, masks, forward, backward, optimizer, sums. The
+source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. The
 two alternate, so that what else the machine does falls on both. Warm-up is not in the clock.
 """
 
@@ -45,16 +45,16 @@ def get_args():
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="ours")
     add("--compile", action="store_true", help="ours")
-    add("--micro_batch", type=int, default=128, help="pictures per pass (default: 128)")
+    add("--micro_batch", type=int, default=128, help="images per pass (default: 128)")
     add("--source_micro_batch", type=int, help="the source's, if another")
-    add("--batch", type=int, help="pictures per update (default: 512 on a CPU, 4096 on a GPU)")
+    add("--batch", type=int, help="images per update (default: 512 on a CPU, 4096 on a GPU)")
     add("--repeats", type=int, default=5, help="updates timed of each (default: 5)")
     add("--json", help="write the figures to this file")
     return parser.parse_args()
 
 
 def our_step(job, args, device, images, labels):
-    """A function that makes one update, and the FLOPs of a picture in it."""
+    """A function that makes one update, and the FLOPs of an image in it."""
     torch.manual_seed(0)
     mae = MAE_ViT()
     if job == "pretrain":
@@ -69,7 +69,7 @@ def our_step(job, args, device, images, labels):
         module(*example).sum().backward()
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
     micro_batch = utils.choose_micro_batch_size(args, device)
-    net, _ = utils.wrap_model(module, device, args, micro_batch, pictures=0)
+    net, _ = utils.wrap_model(module, device, args, micro_batch, num_images=0)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images, labels = images.to(device), labels.to(device)
     progress = utils.Progress(device, names)
@@ -83,7 +83,7 @@ def our_step(job, args, device, images, labels):
             mae_pretrain.train_batch(net, optim, images, batch, noise, micro_batch, progress)
         else:
             train_classifier.train_batch(net, optim, images, labels, batch, micro_batch, progress)
-        progress.end_update(module.parameters())
+        progress.end_update()
 
     return step, counter.get_total_flops() / 2
 
@@ -160,11 +160,11 @@ def matrix_rate(device, dtype):
 def worker(side, job, args, connection):
     """A process for one side of one job: nothing set for ours, such as malloc's, helps the source.
 
-    Sends the FLOPs of a picture, then the seconds of each update it is asked for; told to end, its
+    Sends the FLOPs of an image, then the seconds of each update it is asked for; told to end, its
     peak memory in bytes: of the GPU, or on a CPU of the process, libraries included.
     """
     device = utils.choose_device(args.device) if side == "ours" else torch.device(args.device)
-    images, labels = pictures(args)
+    images, labels = draw_images(args)
     step, flops = our_step(job, args, device, images, labels) if side == "ours" else (
         source_step(job, args, device, images, labels), 0
     )  # fmt: skip
@@ -177,7 +177,7 @@ def worker(side, job, args, connection):
         connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def pictures(args):
+def draw_images(args):
     return utils.draw_shapes(max(2 * args.batch, 2000), 32, 0)
 
 
@@ -194,7 +194,7 @@ def start_up():
 
 
 def data_rate(device, images, size):
-    """Pictures per second of drawing an order, indexing and scaling, and nothing else."""
+    """Images per second of drawing an order, indexing and scaling, and nothing else."""
     images = images.to(device)
 
     def epoch(update):
@@ -269,7 +269,7 @@ def main(args):
         "repeats": args.repeats,
         "matrix_product_gflops": round(matrix / 1e9, 1),
         "start_up_seconds": round(start_up(), 1),
-        "data_images_per_second": round(data_rate(device, pictures(args)[0], args.micro_batch)),
+        "data_images_per_second": round(data_rate(device, draw_images(args)[0], args.micro_batch)),
     }
     for job in JOBS:
         figures[job] = measure(job, args, matrix)

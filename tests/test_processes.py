@@ -77,8 +77,8 @@ class CountingDDP(DistributedDataParallel):
         return allreduce_hook(None, bucket)
 
 
-def body(script, flags, folder, environment, stop_at):
-    """What a process does. Process 1 gets a SIGTERM in its update stop_at."""
+def body(script, flags, folder, environment, stop_at, spoil_at, bug_at):
+    """What a process does. In those updates process 1 gets a SIGTERM, an infinite sum, a bug."""
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     os.environ.update(environment)
@@ -92,8 +92,13 @@ def body(script, flags, folder, environment, stop_at):
 
     def counting(self):
         seen.append(1)
-        if len(seen) == stop_at and environment["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if environment["RANK"] == "1":
+            if len(seen) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if len(seen) == spoil_at:
+                self.sums += float("inf")
+            if len(seen) == bug_at:
+                raise KeyError("a bug")
         end_update(self)
 
     utils.Progress.end_update = counting
@@ -102,14 +107,14 @@ def body(script, flags, folder, environment, stop_at):
         module.main(module.get_args(flags))
 
 
-def train(script, flags, folder, n=1, stop_at=0, flags_of_last=()):
+def train(script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, flags_of_last=()):
     """Run a script in n processes -> their exit statuses."""
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for i in range(n):
         own = [*flags, *(flags_of_last if i == n - 1 else ())]
         environment = shared | {"RANK": str(i), "LOCAL_RANK": str(i)}
-        args = script, own, os.path.abspath(folder), environment, stop_at
+        args = script, own, os.path.abspath(folder), environment, stop_at, spoil_at, bug_at
         started.append(new_process(body, *args))
     for process in started:
         process.join(timeout=100)
@@ -174,6 +179,35 @@ def test_processes_with_other_flags_are_refused():
     status = train("mae_pretrain", flags, "a", 2, flags_of_last=["--seed", "7"])
     assert status == [1, 1]
     assert "process 1 has seed 7, process 0 has 42" in output("a")
+
+
+def test_processes_with_other_states_are_refused():
+    flags = SCRIPTS["mae_pretrain"]
+    for folder, update in (("a", 2), ("b", 7)):
+        assert train("mae_pretrain", flags, folder, 2, stop_at=update) == [143, 143]
+    os.mkdir("b/c")
+    os.rename("b/model.state.pth", "a/other.state.pth")
+    resume = [*flags, "--resume"]
+    last = ["--model_path", "other.pth"]
+    assert train("mae_pretrain", resume, "a", 2, flags_of_last=last) == [1, 1]
+    assert "process 1 has epoch 1, process 0 has 0" in output("a")
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all():
+    flags = [*SCRIPTS["mae_pretrain"], "--save_minutes", "0"]
+    begin = time.monotonic()
+    assert train("mae_pretrain", flags, "a", 2, spoil_at=7) == [1, 1]
+    assert time.monotonic() - begin < 60
+    assert "error: not finite after 1 epochs and 3 updates" in output("a", 1)
+    assert "error: another process has failed" in output("a")
+    state = read("a/model.state.pth")
+    assert (state["epoch"], state["update"]) == (1, 2)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_bug_in_one_process_shows_its_traceback_and_ends_all():
+    assert train("mae_pretrain", SCRIPTS["mae_pretrain"], "a", 2, bug_at=3) == [1, 1]
+    assert "KeyError: 'a bug'" in output("a", 1) and "Traceback" in output("a", 1)
 
 
 def test_an_error_of_the_first_process_ends_the_others():

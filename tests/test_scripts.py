@@ -267,6 +267,8 @@ BAD_FLAGS = [
     ("--seed 99999999999999999999", "--seed"),
     ("--mask_ratio 1e-9", "hides no patch"),
     ("--model_path out/", "cannot write"),
+    ("--model_path=", "cannot write"),
+    ("--model_path a.png", "two files"),
     (f"--model_path {'x' * 300}", "cannot write"),
     ("--total_epochs 3", "--total_epochs"),
 ]
