@@ -68,14 +68,16 @@ def one_line_errors():
     except Exception as error:
         if isinstance(error, (InputError, SizeError)):
             message = error
-        elif isinstance(error, MemoryError) or re.search("(of|allocate) memory", str(error)):
+        elif isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):
             message = "out of memory: lower --max_device_batch_size, --image_size or --train_images"
-        elif isinstance(error, dist.DistError) or "/gloo/" in str(error):  # a path in its source
+        elif isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
             message = InputError(f"another process has failed or cannot be reached: {error}")
         elif world_size() == 1:
             raise
         else:
             message = traceback.format_exc()
+    except KeyboardInterrupt:  # before training, which has a handler of its own
+        sys.exit(130)
     tqdm.write(f"error: {message}", file=sys.stderr)
     if world_size() > 1:  # to destroy the process group would wait for the other processes
         os._exit(1)
@@ -201,7 +203,7 @@ def world_size():
 
 @contextlib.contextmanager
 def processes():
-    """Initialise the process group if torchrun has started several processes; destroy it at last.
+    """Initialise the process group if torchrun started several processes; destroy it at the end.
 
     NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
@@ -1035,7 +1037,7 @@ class Run:
             raise InputError(f"{self.path} does not fit this model: {error!r}") from error
         self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
         self.results = state["results"]
-        print_rank_0(f"resumed:   after {self.epoch} epochs and {self.update} updates")
+        print_rank_0(f"resumed:   after {self.epoch} epochs, {self.update} updates")
         return state["folder"]
 
     def note_signal(self, number, _):
@@ -1084,10 +1086,7 @@ class Run:
         return bool(self.stop_signal or overdue)
 
     def save(self):
-        """Write the model files and then the state; if told to stop, end the program.
-
-        Raises InputError if the run has diverged.
-        """
+        """Write model files and state; leave if told to stop. Raises InputError on divergence."""
         begin = time.perf_counter()
         sums = self.progress.read() if self.update else []
         self.check_finite(torch.tensor(sums), *self.model.parameters())
@@ -1131,10 +1130,10 @@ class Run:
     def check_finite(self, *tensors):
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise InputError(
-                f"not finite after {self.epoch} epochs and {self.update} updates: loss or weights, "
+                f"loss or weights are not finite after {self.epoch} epochs, {self.update} updates, "
                 f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
-                "the last good state. Try --resume with --precision fp32, or a new run with a "
-                "lower --base_learning_rate or more --warmup_epoch"
+                "the last good state. Try --resume with --precision fp32, or a new run with a lower "
+                "--base_learning_rate or more --warmup_epoch"
             )
 
     def leave(self):

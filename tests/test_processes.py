@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
     begin = time.monotonic()
     assert train("mae_pretrain", flags, "a", 2, spoil_at=7) == [1, 1]
     assert time.monotonic() - begin < 60
-    assert "error: not finite after 1 epochs and 3 updates" in output("a", 1)
+    assert "error: loss or weights are not finite after 1 epochs, 3 updates" in output("a", 1)
     assert "error: another process has failed" in output("a")
     state = read("a/model.state.pth")
     assert (state["epoch"], state["update"]) == (1, 2)

@@ -281,7 +281,7 @@ def test_divergence_stops_the_run_and_keeps_the_files(script):
     with pytest.raises(utils.InputError) as error:
         script("--base_learning_rate", "1e38", "--total_epoch", "3")
     message = str(error.value)
-    for part in ("not finite after", "epochs and", "learning rate", "--warmup_epoch"):
+    for part in ("not finite after", "epochs, ", "learning rate", "--warmup_epoch"):
         assert part in message
     state = read(next(file for file in before if "state" in file))
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -491,7 +491,7 @@ def test_weights_that_are_not_finite_are_not_saved():
 
 def test_loss_that_is_not_finite_stops_the_run_at_once():
     flags = ["--total_epoch", "9", "--save_minutes", "1000"]
-    with pytest.raises(utils.InputError, match="0 epochs and 3 up"), spoiled_at_update(2) as seen:
+    with pytest.raises(utils.InputError, match="0 epochs, 3 up"), spoiled_at_update(2) as seen:
         pretrain(*flags)
     assert len(seen) == 3
 
