@@ -1132,8 +1132,8 @@ class Run:
             raise InputError(
                 f"loss or weights are not finite after {self.epoch} epochs, {self.update} updates, "
                 f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
-                "the last good state. Try --resume with --precision fp32, or a new run with a lower "
-                "--base_learning_rate or more --warmup_epoch"
+                "the last good state. Try --resume with --precision fp32, or a new run with a "
+                "lower --base_learning_rate or more --warmup_epoch"
             )
 
     def leave(self):
