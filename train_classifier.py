@@ -304,7 +304,7 @@ def draw_confusion(counts, classes):
     img = Image.new("RGB", (left + k * cell, top + k * cell), "white")
     img.paste(Image.fromarray(cells.numpy()), (left, top))
     draw = ImageDraw.Draw(img)
-    draw.text((4, 4), "true, predicted" if left else "", "black")
+    draw.text((4, 2), "rows: true,\ncolumns: predicted" if left else "", "black")
     for i, name in enumerate(classes if left else []):
         middle = i * cell + cell // 2
         draw.text((left - 6, top + middle), f"{name[:16]} {i}", "black", anchor="rm")
