@@ -1,7 +1,7 @@
 """Pretrain a masked autoencoder: hide most of an image's patches and predict their pixels.
 
     python mae_pretrain.py                      CIFAR-10, the published recipe of 2,000 epochs
-    python mae_pretrain.py --demo               drawn shapes, no network, 3 minutes on two CPU cores
+    python mae_pretrain.py --demo               drawn shapes, no network, minutes on two CPU cores
     python mae_pretrain.py --dataset folder --data_path my_images --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
     python mae_pretrain.py --reconstruct IMAGES --mask_ratio 0.5 0.75 0.9

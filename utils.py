@@ -470,7 +470,7 @@ def load_dataset(args, device, need_classes=True):
         raise InputError(
             f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32"
         )
-    if args.train_images and args.dataset != "folder":  # which has read only those
+    if args.train_images and args.dataset != "folder":  # read_folder has read no others
         keep = spread(dataset.train_labels, args.train_images, "--train_images")
         images, labels = dataset.train_images[keep], dataset.train_labels[keep]
         dataset = dataset._replace(train_images=images, train_labels=labels)
@@ -792,8 +792,8 @@ def load_model(path, kind):
 
     kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
     whole module as the source pickles it. A bare state_dict does not tell the number of heads and
-    the mask ratio: they are taken to be 3 and 0.75. Raises InputError if the file holds no such
-    model, or its tensors have not the names and shapes of one or are not finite.
+    the mask ratio: they are taken to be 3 and 0.75. Raises InputError unless the file holds such
+    a model, with tensors of the right names and shapes and finite values.
     """
     content = read_checkpoint(path)
     try:
@@ -808,7 +808,7 @@ def load_model(path, kind):
             plain = isinstance(x, torch.Tensor) and x.is_floating_point()
             if not plain or x.nbytes > x.untyped_storage().nbytes() or not x.isfinite().all():
                 raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
-            x = x.float().clone(memory_format=torch.contiguous_format)
+            x = x.detach().float().clone(memory_format=torch.contiguous_format)
             weights[name.removeprefix("module.")] = x
         # Sizes are those of the tensors, whatever the file claims.
         claimed = {"encoder_head": 3} | content.get("architecture", {})

@@ -49,6 +49,7 @@ def test_whole_module_pickles_of_the_source(wrapped):
     torch.save(torch.nn.DataParallel(model) if wrapped else model, "vit-t-mae.pt")
     loaded, architecture, _ = load_mae("vit-t-mae.pt")
     same_output(loaded, model)
+    assert all(p.is_leaf and p.requires_grad for p in loaded.parameters())
     assert (architecture["encoder_head"], architecture["decoder_head"]) == (3, 2)
     assert architecture["mask_ratio"] == 0.6
 
