@@ -118,6 +118,8 @@ def train(script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, flags_of_
         started.append(new_process(body, *args))
     for process in started:
         process.join(timeout=100)
+        process.kill()
+        process.join()
     return [process.exitcode for process in started]
 
 

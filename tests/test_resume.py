@@ -408,6 +408,31 @@ def test_state_never_speaks_of_a_file_that_is_not_there(script, monkeypatch, cap
     assert states[0]["results"] == states[1]["results"] and states[0]["epoch"] == 2
 
 
+def test_state_is_written_last_even_if_it_was_refused_first(monkeypatch):
+    write_file, start, end = utils.write_file, utils.Run.start_epoch, utils.Run.end_epoch
+    refused = []
+
+    def write(path, content):
+        if any(part in path for part in refused):
+            raise utils.InputError(f"cannot write {path}: Permission denied")
+        write_file(path, content)
+
+    def refuse(method, *parts):
+        def refusing(*args):
+            refused[:] = parts
+            return method(*args)
+
+        return refusing
+
+    monkeypatch.setattr(utils, "write_file", write)
+    monkeypatch.setattr(utils.Run, "start_epoch", refuse(start, "vit-t-mae"))
+    monkeypatch.setattr(utils.Run, "end_epoch", refuse(end, "mae.pth"))
+    with pytest.raises(utils.InputError, match="cannot write vit-t-mae.pth"):
+        pretrain("--total_epoch", "1", "--save_minutes", "0")
+    state = read("vit-t-mae.state.pth")
+    assert (state["epoch"], state["update"]) == (0, 0)
+
+
 def test_files_are_written_once_there_is_room_again(monkeypatch, capsys):
     """A best epoch that cannot be written, at first: both files are there in the end."""
     classify("--total_epoch", "4", "--output_model_path", "whole.pth")
@@ -491,9 +516,9 @@ def test_weights_that_are_not_finite_are_not_saved():
 
 def test_loss_that_is_not_finite_stops_the_run_at_once():
     flags = ["--total_epoch", "9", "--save_minutes", "1000"]
-    with pytest.raises(utils.InputError, match="0 epochs, 3 up"), spoiled_at_update(2) as seen:
+    with pytest.raises(utils.InputError, match="0 epochs, 2 up"), spoiled_at_update(1) as seen:
         pretrain(*flags)
-    assert len(seen) == 3
+    assert len(seen) == 2  # of 3 in the epoch
 
 
 def test_state_under_another_name_is_the_one_that_goes_on():
