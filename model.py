@@ -265,8 +265,9 @@ def to_timm(model):
         "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
         "layer_norm": "norm",
     }  # fmt: skip
-    sizes, weights = architecture_of(model.state_dict()), {}
-    for name, tensor in model.state_dict().items():
+    state_dict, weights = model.state_dict(), {}
+    sizes = architecture_of(state_dict)
+    for name, tensor in state_dict.items():
         first, *rest = name.split(".")
         weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
     weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -50,6 +51,12 @@ def new_process(function, *args):
     process = context.Process(target=function, args=args)
     process.start()
     return process
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def pretrain(*flags):

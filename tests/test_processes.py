@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from conftest import (
     PRETRAIN,
     REPOSITORY,
     few_shapes,
+    free_port,
     new_process,
     read,
     same_weights,
@@ -54,12 +54,6 @@ CURVES = {
         for part in ("train", "val")
     },
 }
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class CountingDDP(DistributedDataParallel):
@@ -187,7 +181,6 @@ def test_processes_with_other_states_are_refused():
     flags = SCRIPTS["mae_pretrain"]
     for folder, update in (("a", 2), ("b", 7)):
         assert train("mae_pretrain", flags, folder, 2, stop_at=update) == [143, 143]
-    os.mkdir("b/c")
     os.rename("b/model.state.pth", "a/other.state.pth")
     resume = [*flags, "--resume"]
     last = ["--model_path", "other.pth"]
@@ -285,9 +278,7 @@ def test_processes_with_other_numbers_of_images_are_refused():
         os.makedirs(f"job/{name}")
         for i in range(n):
             Image.new("RGB", (32, 32), (i, 0, 0)).save(f"job/{name}/{i}.png")
-    flags = (
-        "--image_size 32 --patch_size 8 --emb_dim 24 --encoder_layer 1 --decoder_layer 1".split()
-    )
+    flags = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --decoder_layer 1".split()
     flags += ["--dataset", "folder", "--data_path", "a"]  # may be another on each machine
     assert train("mae_pretrain", flags, "job", 2, flags_of_last=["--data_path", "b"]) == [1, 1]
     assert "process 1 has images (19, 16), process 0 has (20, 16)" in output("job")
@@ -465,10 +456,8 @@ def test_a_gpu_update_mixes_no_devices_and_waits_for_nothing(script, monkeypatch
             drop = train_classifier.branch_scale(25, 2, 0.1, None)
             inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), 0.1, (drop,))
             train_batch = train_classifier.train_batch
-        net, optim = (
-            utils.MixedPrecision(module, cuda, "fp32"),
-            torch.optim.AdamW(module.parameters()),
-        )
+        net = utils.MixedPrecision(module, cuda, "fp32")
+        optim = torch.optim.AdamW(module.parameters())
 
         def backward(loss):
             assert loss.device.type == "cuda" and loss.requires_grad

@@ -1,14 +1,12 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
-import inspect
 import json
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from conftest import (
     classify,
     events,
     few_shapes,
+    free_port,
     new_process,
     pretrain,
     read,
@@ -93,9 +92,7 @@ def next_second():
 
 def steps_in_tensorboard(folder, load_fast):
     """What a TensorBoard server shows of a folder of runs: {(run, tag): steps}."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
     command += [f"--load_fast={load_fast}", "--samples_per_plugin=scalars=1000,images=1000"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -377,16 +374,20 @@ def test_vanished_folder_is_a_warning_and_then_an_error(capsys):
     assert "warning: cannot write out/mae.pth" in capsys.readouterr().out
 
 
-def only(kind):
-    """A write_file that can write states, or all other files, only."""
+def refusing(refused):
+    """A write_file that fails for the paths that refused(path) is true of."""
     write_file = utils.write_file
 
     def write(path, content):
-        if ("state" in path) != (kind == "states"):
+        if refused(path):
             raise utils.InputError(f"cannot write {path}: Permission denied")
         write_file(path, content)
 
     return write
+
+
+def not_a_state(path):
+    return "state" not in path
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -396,7 +397,7 @@ def test_state_never_speaks_of_a_file_that_is_not_there(script, monkeypatch, cap
     path = "--model_path" if script == "mae_pretrain" else "--output_model_path"
     train_(path, "whole.pth")
     with monkeypatch.context() as patch, pytest.raises(utils.InputError, match=f"{name}.pth"):
-        patch.setattr(utils, "write_file", only("states"))
+        patch.setattr(utils, "write_file", refusing(not_a_state))
         train_("--save_minutes", "0")
     assert f"warning: cannot write {name}.pth: Permission denied; will" in capsys.readouterr().out
     assert not os.path.exists(f"{name}.pth")
@@ -409,24 +410,18 @@ def test_state_never_speaks_of_a_file_that_is_not_there(script, monkeypatch, cap
 
 
 def test_state_is_written_last_even_if_it_was_refused_first(monkeypatch):
-    write_file, start, end = utils.write_file, utils.Run.start_epoch, utils.Run.end_epoch
-    refused = []
+    start, end, refused = utils.Run.start_epoch, utils.Run.end_epoch, []
 
-    def write(path, content):
-        if any(part in path for part in refused):
-            raise utils.InputError(f"cannot write {path}: Permission denied")
-        write_file(path, content)
-
-    def refuse(method, *parts):
-        def refusing(*args):
-            refused[:] = parts
+    def then_refuse(part, method):
+        def changed(*args):
+            refused[:] = [part]
             return method(*args)
 
-        return refusing
+        return changed
 
-    monkeypatch.setattr(utils, "write_file", write)
-    monkeypatch.setattr(utils.Run, "start_epoch", refuse(start, "vit-t-mae"))
-    monkeypatch.setattr(utils.Run, "end_epoch", refuse(end, "mae.pth"))
+    monkeypatch.setattr(utils, "write_file", refusing(lambda path: any(x in path for x in refused)))
+    monkeypatch.setattr(utils.Run, "start_epoch", then_refuse("vit-t-mae", start))
+    monkeypatch.setattr(utils.Run, "end_epoch", then_refuse("mae.pth", end))
     with pytest.raises(utils.InputError, match="cannot write vit-t-mae.pth"):
         pretrain("--total_epoch", "1", "--save_minutes", "0")
     state = read("vit-t-mae.state.pth")
@@ -438,7 +433,7 @@ def test_files_are_written_once_there_is_room_again(monkeypatch, capsys):
     classify("--total_epoch", "4", "--output_model_path", "whole.pth")
     end_epoch = utils.Run.end_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "write_file", only("states"))
+        patch.setattr(utils, "write_file", refusing(not_a_state))
 
         def room_after_three(self):
             if self.epoch == 2:
@@ -454,12 +449,9 @@ def test_files_are_written_once_there_is_room_again(monkeypatch, capsys):
 
 def best_epoch_cannot_be_written(flags, folder):
     """The body of a process that is killed in its second epoch, without its best model written."""
-    os.chdir(folder)
-    utils.read_shapes = few_shapes
-    torch.set_num_threads(1)
-    utils.write_file = only("states")
+    utils.write_file = refusing(not_a_state)
     with signal_at_update(signal.SIGKILL, 5):
-        train_classifier.main(train_classifier.get_args(flags))
+        train("train_classifier", flags, folder)
 
 
 def test_killed_while_the_best_epoch_could_not_be_written():
@@ -484,39 +476,36 @@ def test_a_full_log_or_closed_pipe_does_not_end_a_run(monkeypatch):
     assert read("vit-t-mae.pth")["epoch"] == 2
 
 
-@contextlib.contextmanager
-def spoiled_at_update(at):
-    """A weight becomes infinite after the update `at`, too late for the loss of that update."""
-    end_update, seen = utils.Progress.end_update, []
+def spoil_update(monkeypatch, at):
+    """A weight becomes infinite in the update `at`, after its loss. -> a list, longer by each."""
+    step, seen = torch.optim.AdamW.step, []
 
-    def spoil(self):
-        end_update(self)
+    def spoiling(self, *args):
+        step(self, *args)
         seen.append(1)
         if len(seen) == at:
-            run = inspect.currentframe().f_back.f_locals["self"]
-            next(run.model.parameters()).data[0] = float("inf")
+            self.param_groups[0]["params"][0].data[0] = float("inf")
 
-    utils.Progress.end_update = spoil
-    try:
-        yield seen
-    finally:
-        utils.Progress.end_update = end_update
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    return seen
 
 
-def test_weights_that_are_not_finite_are_not_saved():
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
     pretrain()
     before = {file: open(file, "rb").read() for file in os.listdir() if file.endswith(".pth")}
     flags = ["--seed", "1", "--total_epoch", "1", "--save_minutes", "1000"]
-    with pytest.raises(utils.InputError, match="not finite after 1 epochs"), spoiled_at_update(3):
-        pretrain(*flags)  # the last update of all: no loss tells it
+    spoil_update(monkeypatch, 3)  # the last of all: no loss tells it
+    with pytest.raises(utils.InputError, match="not finite after 1 epochs"):
+        pretrain(*flags)
     assert open("vit-t-mae.pth", "rb").read() == before["vit-t-mae.pth"]
     state = read("vit-t-mae.state.pth")
     assert state["epoch"] == 0 and all(x.isfinite().all() for x in state["model"].values())
 
 
-def test_loss_that_is_not_finite_stops_the_run_at_once():
+def test_loss_that_is_not_finite_stops_the_run_at_once(monkeypatch):
     flags = ["--total_epoch", "9", "--save_minutes", "1000"]
-    with pytest.raises(utils.InputError, match="0 epochs, 2 up"), spoiled_at_update(1) as seen:
+    seen = spoil_update(monkeypatch, 1)
+    with pytest.raises(utils.InputError, match="0 epochs, 2 up"):
         pretrain(*flags)
     assert len(seen) == 2  # of 3 in the epoch
 
