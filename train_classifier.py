@@ -350,6 +350,7 @@ def evaluate_file(args):
         utils.print_rank_0(f"confusion matrix: {png_path}, curves: {curves.folder}")
 
 
+@utils.memory_for("the dataset, twice for --holdout,", "--train_images or --image_size")
 def hold_out(dataset, n):
     """Take n training images, spread over the classes, as validation images -> Dataset."""
     held = utils.spread(dataset.train_labels.cpu(), n, "--holdout")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import hashlib
 import io
 import itertools
@@ -57,19 +58,36 @@ def print_rank_0(text):
         sys.stdout = open(os.devnull, "w")
 
 
+def reason(error):
+    """The line of a message that says what went wrong; PyTorch's may quote whole tracebacks."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return [lines[0], *filter(re.compile(r"[\w.]*[A-Z]\w+: .").match, lines)][-1]
+
+
+@contextlib.contextmanager
+def memory_for(what, remedy):
+    """If memory runs out, of a GPU or not, raise InputError. Works as a decorator, too."""
+    try:
+        yield
+    except Exception as error:
+        full = re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(error))
+        if full and not isinstance(error, InputError):
+            raise InputError(f"{what} does not fit into memory: lower {remedy}") from error
+        raise
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """End the program with `error: ...` and status 1 where the user can fix the cause."""
     with contextlib.suppress(AttributeError):  # a notebook's stdout prints every character anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with memory_for("a micro-batch", "--max_device_batch_size or the size of the model"):
+            yield
         return
     except Exception as error:
         if isinstance(error, (InputError, SizeError)):
             message = error
-        elif isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):
-            message = "out of memory: lower --max_device_batch_size, --image_size or --train_images"
         elif isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
             message = InputError(f"another process has failed or cannot be reached: {error}")
         elif world_size() == 1:
@@ -79,7 +97,9 @@ def one_line_errors():
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
     tqdm.write(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # to destroy the process group would wait for the other processes
+    if world_size() > 1:  # the others may never answer: destroy the group, but exit in 5 s anyway
+        faulthandler.dump_traceback_later(5, exit=True, file=open(os.devnull, "w"))
+        dist.destroy_process_group()
         os._exit(1)
     sys.exit(1)
 
@@ -251,25 +271,29 @@ def check_same_settings(**settings):
 
 
 def choose_device(name):
-    """auto, cpu or cuda -> torch.device. Raises InputError for cuda without a GPU."""
+    """auto, cpu or cuda -> torch.device. Raises InputError if cuda does not work, auto never."""
     gpus = torch.cuda.device_count()
-    if name == "cuda" and not gpus:
-        raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "cpu" or not gpus:
-        keep_freed_memory()
-        return torch.device("cpu")
     index = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
-    if index >= gpus:
+    if 0 < gpus <= index and name != "cpu":
         raise InputError(f"--nproc_per_node is above the number of GPUs of this machine, {gpus}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    if name == "cuda" or (name == "auto" and gpus):
+        try:
+            torch.ones(1, device=f"cuda:{index}").add(1).item()  # a driver or GPU may be too old
+            torch.cuda.set_device(index)
+            return torch.device("cuda", index)
+        except Exception as error:
+            if name == "cuda":
+                raise InputError(f"no usable GPU ({reason(error)}): use --device cpu") from error
+            print_rank_0(f"warning: no usable GPU ({reason(error)}): using the CPU")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
-def count_gpus(device):
-    """The GPUs that this process trains on: 1 if there is a process for each, 0 on a CPU."""
+def training_gpus(device):
+    """The indexes of the GPUs that this process trains on: torchrun starts a process for each."""
     if device.type == "cpu":
-        return 0
-    return torch.cuda.device_count() if world_size() == 1 else 1
+        return []
+    return list(range(torch.cuda.device_count())) if world_size() == 1 else [device.index]
 
 
 def keep_freed_memory():
@@ -285,8 +309,8 @@ def choose_precision(name, device):
     """auto, fp32 or bf16 -> fp32 or bf16: bf16 where the hardware multiplies in it natively."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if gpus := training_gpus(device):
+        native = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in gpus)
     else:
         flags = ""
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
@@ -298,16 +322,15 @@ def choose_precision(name, device):
 class MixedPrecision(torch.nn.Module):
     """Autocast around a module, which is compiled for inputs of one batch size if one is given.
 
-    Other sizes, such as the last of an epoch, run uncompiled: each would take long to compile.
+    Other sizes, such as the last of an epoch, run uncompiled: each would take long to compile. If
+    compilation fails, everything does, after a warning; with must_compile it is an InputError.
     Autocast is entered in here, as the threads of DataParallel do not inherit it.
     """
 
-    def __init__(self, module, device, precision, compiled_size=None):
+    def __init__(self, module, device, precision, compiled_size=None, must_compile=False):
         super().__init__()
-        self.module, self.compiled_size = module, compiled_size
-        self.device_type, self.bf16 = device.type, precision == "bf16"
-        if compiled_size:
-            self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True)
+        self.module, self.compiled_size, self.must_compile = module, compiled_size, must_compile
+        self.device_type, self.bf16, self.compiled = device.type, precision == "bf16", None
 
     def run(self, *inputs):
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
@@ -316,8 +339,25 @@ class MixedPrecision(torch.nn.Module):
     def forward(self, *inputs):
         if len(inputs[0]) == 0:  # an empty shard, for which some attention kernels fail
             return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
-        run = self.compiled if len(inputs[0]) == self.compiled_size else self.run
-        return run(*inputs)
+        if len(inputs[0]) == self.compiled_size:
+            try:
+                return self.run_compiled(*inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no compiler, an old GPU, Windows, ...
+                if self.must_compile:
+                    raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
+                print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
+                self.compiled_size = None
+        return self.run(*inputs)
+
+    def run_compiled(self, *inputs):
+        if not self.compiled:
+            self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True)
+            if torch.is_grad_enabled():  # the first backward pass compiles, too: let it fail here
+                loss = self.compiled(*inputs).sum()
+                torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+        return self.compiled(*inputs)
 
 
 def wrap_model(module, device, args, micro_batch_size, num_images):
@@ -328,20 +368,16 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
     in place; its state_dict, without any prefix, is the one to save.
     """
     module.to(device)
-    gpus = count_gpus(device)
+    gpus = len(training_gpus(device))
     precision = choose_precision(args.precision, device)
-    compiled = args.compile
-    if compiled is None:
-        compiled = gpus == 1 and num_images / world_size() >= 3_000_000
-    elif compiled and gpus > 1:
-        print_rank_0("warning: --compile has no effect on several GPUs in one process")
-        compiled = False
+    pays = gpus == 1 and num_images / world_size() >= 3_000_000
+    compiled = gpus <= 1 and (pays if args.compile is None else args.compile)
     if gpus:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
             layer.fused_attn = gpus > 0 or precision == "fp32"
-    net = MixedPrecision(module, device, precision, micro_batch_size if compiled else None)
+    net = MixedPrecision(module, device, precision, compiled and micro_batch_size, args.compile)
     name = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
     if world_size() > 1:
         check_same_settings(device=device.type, precision=precision)
@@ -349,6 +385,8 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
         name = f"{world_size()} processes, {name} each"
     elif gpus > 1:
         net = DataParallel(net)
+        command = f"torchrun --standalone --nproc_per_node={gpus} {shlex.join(sys.argv)}"
+        print_rank_0(f"DataParallel on {gpus} GPUs, uncompiled; this is faster: {command}")
     return net, {"device": name, "precision": precision, "compile": compiled}
 
 
@@ -357,7 +395,7 @@ def choose_micro_batch_size(args, device):
 
     In fp32 a CPU is as fast with 64 images as with more, and needs less memory.
     """
-    largest = args.max_device_batch_size * max(1, count_gpus(device))
+    largest = args.max_device_batch_size * max(1, len(training_gpus(device)))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
         largest = min(largest, 64)
     size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
@@ -455,6 +493,7 @@ def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
     return grid_sample(img, grid, mode, padding_mode, align_corners=False)
 
 
+@memory_for("the dataset", "--train_images or --image_size")
 def load_dataset(args, device, need_classes=True):
     """Read args.dataset whole into the device's memory -> Dataset. Raises InputError if it cannot.
 

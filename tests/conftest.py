@@ -26,6 +26,10 @@ CLASSIFY += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split(
 CLASSIFY += ["--output_model_path", "cls.pth"]
 
 
+# Two runs that differ in rounding only; sums on a GPU also differ from run to run.
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+
+
 def few_shapes(image_size=32):
     train, val = utils.draw_shapes(90, image_size, 0), utils.draw_shapes(37, image_size, 1)
     return utils.Dataset(*train, *val, list(utils.SHAPES))
@@ -41,6 +45,20 @@ def empty_folder(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():  # a run leaves its own behind, as its process ends
         signal.signal(number, handler)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch):
+    """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`.
+
+    There in exact fp32: the rounding of TF32 would hide what a test looks for.
+    """
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU that PyTorch can use")
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return request.param
 
 
 def new_process(function, *args):

@@ -7,8 +7,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAIN, REPOSITORY, classify, events, pretrain, read, same_weights, scalars
+from conftest import (
+    PRETRAIN,
+    REPOSITORY,
+    TESTS,
+    TOLERANCE,
+    classify,
+    events,
+    pretrain,
+    read,
+    same_weights,
+    scalars,
+)
 from PIL import Image
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx
+from torch.overrides import TorchFunctionMode
 
 import mae_pretrain
 import train_classifier
@@ -18,10 +32,14 @@ from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
-def run(script, *flags, **kwargs):
-    """A script in a process of its own, from the folder of the test."""
-    command = [sys.executable, os.path.join(REPOSITORY, script), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+def run(script, *flags, **environment):
+    """A script in a process of its own, from the folder of the test, or the text of one."""
+    start = [os.path.join(REPOSITORY, script)] if script.endswith(".py") else ["-c", script]
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{TESTS}"} | environment
+    return subprocess.run(
+        [sys.executable, *start, *flags],
+        capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
 
 
 def test_pretraining_writes_model_image_and_curves(capsys):
@@ -68,13 +86,17 @@ def test_reconstruction_shows_masked_reconstructed_and_original():
     assert not torch.equal(reconstructed[:, hidden], original[:, hidden])
 
 
-def test_result_does_not_depend_on_the_micro_batch():
+def test_result_does_not_depend_on_the_micro_batch(device):
+    """24 updates in all, at a learning rate at which a weight may move by 4e-3."""
+    shared = "--total_epoch 8 --base_learning_rate 3e-3 --device".split() + [device]
+    tolerance = TOLERANCE[device]
     for size in (60, 16, 7, 1):
-        pretrain("--max_device_batch_size", str(size), "--model_path", f"mae-{size}.pth")
-        classify("--max_device_batch_size", str(size), "--output_model_path", f"cls-{size}.pth")
+        flags = [*shared, "--max_device_batch_size", str(size)]
+        pretrain(*flags, "--model_path", f"mae-{size}.pth")
+        classify(*flags, "--output_model_path", f"cls-{size}.pth")
     for size in (16, 7, 1):
-        same_weights(f"mae-{size}.pth", "mae-60.pth", tolerance=1e-5)
-        same_weights(f"cls-{size}.pth", "cls-60.pth", tolerance=1e-5)
+        same_weights(f"mae-{size}.pth", "mae-60.pth", tolerance)
+        same_weights(f"cls-{size}.pth", "cls-60.pth", tolerance)
     losses = scalars("logs/shapes/mae-pretrain", "mae_loss")
     for n in (2, 3, 4):
         assert scalars(f"logs/shapes/mae-pretrain-{n}", "mae_loss") == [
@@ -220,7 +242,7 @@ def test_each_dataset_through_both_scripts(name, monkeypatch):
     assert os.path.isdir(f"logs/{name}/scratch-cls")
 
 
-def test_a_process_of_its_own_on_real_files(tmp_path):
+def test_a_process_of_its_own_on_real_files(tmp_path, device):
     for part, n in (("train", 6), ("test", 3)):
         for name in ("bright", "dark"):
             (tmp_path / part / name).mkdir(parents=True)
@@ -229,12 +251,13 @@ def test_a_process_of_its_own_on_real_files(tmp_path):
                 img = np.full((20, 30, 3), value, np.uint8)
                 Image.fromarray(img).save(tmp_path / part / name / f"{i}.png")
     sizes = "--image_size 16 --train_images 12 --dataset folder --data_path .".split()
+    sizes += ["--device", device, "--precision", "auto"]
     done = run("mae_pretrain.py", *PRETRAIN, *sizes)
     assert done.returncode == 0, done.stderr
     assert "2/2" in done.stdout and "mae_loss" not in done.stderr
     done = run(
         "train_classifier.py", "--dataset", "folder", "--data_path", ".", "--total_epoch", "1",
-        "--pretrained_model_path", "vit-t-mae.pth", "--device", "cpu",
+        "--pretrained_model_path", "vit-t-mae.pth", "--device", device,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "accuracy on 6 validation images" in done.stdout
@@ -316,21 +339,74 @@ def test_error_ends_the_process_without_traceback():
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-)
-def test_too_little_memory_is_one_line(error, capsys):
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_out_of_memory_in_all_its_words(error, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop, utils.one_line_errors():
         raise error
     assert stop.value.code == 1
     line = capsys.readouterr().err
-    assert line.startswith("error: out of memory: lower --max_device_batch_size")
+    assert line.startswith(
+        "error: a micro-batch does not fit into memory: lower --max_device_batch"
+    )
     assert len(line.splitlines()) == 1
+
+    def full(image_size):
+        raise error
+
+    monkeypatch.setattr(utils, "read_shapes", full)
+    with pytest.raises(utils.InputError, match="the dataset does not fit .* --train_images"):
+        pretrain()
+
+
+# Memory for 0.7 GB more than the libraries need, or so much of a GPU; blank images.
+LITTLE_MEMORY = """
+import resource, sys, torch, utils, mae_pretrain
+
+def blank(image_size):
+    images, labels = torch.zeros(60, 3, image_size, image_size, dtype=torch.uint8), torch.zeros(60)
+    return utils.Dataset(images, labels.long(), images[:5], labels[:5].long(), ["blank"])
+
+utils.read_shapes = blank
+if "cuda" in sys.argv:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.7e9 / total)
+else:
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000,) * 2)
+with utils.one_line_errors():
+    mae_pretrain.main(mae_pretrain.get_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets Linux's limit on memory")
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--image_size 2400 --patch_size 100 --emb_dim 24",
+            "dataset does not fit into memory: low",
+        ),
+        ("-bs 60 --max_device_batch_size 60", "a micro-batch does not fit into memory: lower"),
+    ],
+)
+def test_too_little_memory_is_one_line(flags, message, device):
+    shared = ["--dataset", "shapes", "--precision", "fp32", "--device", device]
+    done = run(LITTLE_MEMORY, *flags.split(), *shared, OMP_NUM_THREADS="1")
+    assert done.returncode == 1
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_an_error_of_ours_keeps_its_traceback():
@@ -338,27 +414,129 @@ def test_an_error_of_ours_keeps_its_traceback():
         raise RuntimeError("shape '[2]' is invalid")
 
 
-def test_compiled_for_one_shape_without_graph_breaks(monkeypatch):
-    """As on a GPU, but with a backend that needs no compiler: same result, two graphs in all."""
+class Broken(TorchFunctionMode):
+    """Every tensor that is made on a GPU is an error, as with an old driver or GPU."""
+
+    def __init__(self, message):
+        super().__init__()
+        self.message = message
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if "cuda" in str((kwargs or {}).get("device")):
+            raise RuntimeError(self.message)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "gpus, message",
+    [
+        (0, "Found no NVIDIA driver on your system."),
+        (1, "The NVIDIA driver on your system is too old (found version 11040)."),
+        (1, "CUDA error: no kernel image is available for execution on the device"),
+    ],
+)
+def test_a_gpu_that_does_not_work(gpus, message, monkeypatch, capsys):
+    pretrain("--model_path", "cpu.pth", "--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if "driver" in message:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capsys.readouterr()
+    with Broken(f"{message}\nIt goes on\nfor lines."):
+        pretrain("--device", "auto")
+        out, err = capsys.readouterr()
+        lines = [line for line in (out + err).splitlines() if "warning" in line]
+        assert lines == [f"warning: no usable GPU ({message}): using the CPU"] * gpus
+        same_weights("vit-t-mae.pth", "cpu.pth")
+        before = sorted(os.listdir())
+        with pytest.raises(SystemExit) as stop, utils.one_line_errors():
+            pretrain("--device", "cuda", "--model_path", "new.pth")
+    assert stop.value.code == 1 and sorted(os.listdir()) == before
+    assert capsys.readouterr().err == f"error: no usable GPU ({message}): use --device cpu\n"
+
+
+def test_bf16_only_if_every_gpu_has_it(monkeypatch):
+    capability = [(9, 0), (7, 5), (8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability[i])
+    for gpus, precision in (([0, 1], "fp32"), ([0, 2], "bf16"), ([1], "fp32"), ([2], "bf16")):
+        monkeypatch.setattr(utils, "training_gpus", lambda _, gpus=gpus: gpus)
+        assert utils.choose_precision("auto", torch.device("cuda", gpus[0])) == precision
+
+
+def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
+    """Same result, two graphs in all; on a CPU with a backend that needs no compiler."""
     graphs = []
 
     def backend(graph, example):
         graphs.append(graph)
-        return graph.forward
+        return graph.forward if device == "cpu" else compile_fx(graph, example)
 
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend=backend)
     )
-    pretrain("--model_path", "eager.pth", "--no-compile")
+    flags = "--total_epoch 3 --base_learning_rate 3e-3 --device".split() + [device]
+    pretrain(*flags, "--model_path", "eager.pth", "--no-compile")
     torch._dynamo.reset()
-    pretrain("--compile", "--total_epoch", "2")
-    assert len(graphs) == 1  # 13, 12; 13, 12; 10 images: those of 13 only, in both epochs
-    same_weights("vit-t-mae.pth", "eager.pth", tolerance=1e-5)
+    pretrain(*flags, "--compile")
+    assert len(graphs) == 1  # 13, 12; 13, 12; 10 images: those of 13 only, in all epochs
+    same_weights("vit-t-mae.pth", "eager.pth", TOLERANCE[device])
     assert read("vit-t-mae.pth")["chosen"]["compile"] is True
-    classify("--compile")
+    classify(*flags, "--compile")
     assert len(graphs) <= 3  # training, and evaluation without gradients
     assert all("_orig_mod" not in name for name in read("cls.pth")["model"])
+
+
+def few_words(*_):
+    raise RuntimeError("Cannot find a working triton installation.\nMore information: ...")
+
+
+@pytest.mark.parametrize("part", ["fw_compiler", "bw_compiler"])
+def test_what_cannot_be_compiled_runs_uncompiled(part, monkeypatch, capsys):
+    """By default a warning, with --compile an error; whichever pass it is that fails."""
+    compilers = {"fw_compiler": lambda graph, _: graph.forward, part: few_words}
+    backend, compile_ = aot_autograd(**compilers), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend=backend)
+    )
+    pretrain("--model_path", "eager.pth", "--no-compile")
+    with pytest.raises(utils.InputError, match="cannot --compile .*triton installation.*leave it"):
+        pretrain("--compile")
+    wrap_model = utils.wrap_model
+    monkeypatch.setattr(utils, "training_gpus", lambda _: [0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(utils, "wrap_model", lambda *args: wrap_model(*args[:4], 3_000_000))
+    capsys.readouterr()
+    pretrain()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "Cannot find a working triton installation." in lines[0]
+    same_weights("vit-t-mae.pth", "eager.pth", 1e-6)
+
+
+# A run of 3 million images, of which only the number is told; a CPU may pass as a GPU.
+LONG_RUN = """
+import sys, torch, conftest, mae_pretrain, utils
+
+utils.read_shapes, wrap_model = conftest.few_shapes, utils.wrap_model
+utils.wrap_model = lambda *args: wrap_model(*args[:4], 3_000_000)
+utils.training_gpus = lambda _: [0]
+torch.cuda.get_device_name = lambda: "GPU"
+with utils.one_line_errors():
+    for flags in ([], ["--compile"]):
+        mae_pretrain.main(mae_pretrain.get_args(sys.argv[1:] + flags))
+"""
+
+
+def test_without_a_compiler(device):
+    flags = [*PRETRAIN, "--device", device]
+    pretrain(*flags, "--model_path", "eager.pth", "--no-compile")
+    caches = dict.fromkeys(["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"], os.path.abspath("new"))
+    done = run(LONG_RUN, *flags, CC="/bin/false", CXX="/bin/false", **caches)
+    lines = done.stdout.splitlines()
+    assert sum("warning: cannot compile (" in line for line in lines) == 1, done.stderr
+    assert sum(line.startswith("epoch 2/2") for line in lines) == 1
+    same_weights("vit-t-mae.pth", "eager.pth", TOLERANCE[device])
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: cannot --compile (")
 
 
 def test_long_warm_up_is_warned_about(capsys):
