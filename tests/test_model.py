@@ -1,5 +1,6 @@
 """The model against independent implementations: plain loops, hand-written sums, timm's own ViT."""
 
+import copy
 import math
 
 import pytest
@@ -66,11 +67,13 @@ def test_hidden_pixels_are_counted_exactly(ratio):
     assert set(mask.unique().tolist()) == {0.0, 1.0}
 
 
-def test_shuffle_unshuffle_and_mask_agree_with_loops():
+def test_shuffle_unshuffle_and_mask_agree_with_loops(device):
     T, B, C, T_vis, p = 16, 3, 24, 4, 4
     torch.manual_seed(0)
-    model = MAE_ViT(**TINY, mask_ratio=0.75).eval()
+    model = MAE_ViT(**TINY, mask_ratio=0.75).eval().to(device)
     patches, noise = torch.randn(T, B, C), torch.rand(B, T)
+    noise[0], noise[1] = noise[0].round(decimals=1), 0.5  # ties, which keep their order
+    patches, noise = patches.to(device), noise.to(device)
     visible, forward, backward = model.encoder.shuffle(patches, noise)
     for b in range(B):
         by_noise = sorted(range(T), key=lambda t: noise[b, t].item())
@@ -81,7 +84,7 @@ def test_shuffle_unshuffle_and_mask_agree_with_loops():
         [torch.stack([patches[forward[t, b], b] for b in range(B)]) for t in range(T)]
     ))  # fmt: skip
 
-    features = torch.randn(1 + T_vis, B, C)
+    features = torch.randn(1 + T_vis, B, C, device=device)
     decoder = model.decoder
     predicted_img, mask = decoder(features, backward)
     for b in range(B):
@@ -144,6 +147,27 @@ def test_loss_is_the_mean_over_hidden_pixels(norm_pix_loss):
                     squares += (error**2).flatten().tolist()
         assert len(squares) == 10 * 48  # 16 patches, int(16 * 0.4) = 6 of them visible
         assert loss[b].item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_and_gradients_against_float64(norm_pix_loss, device):
+    torch.manual_seed(0)
+    loss = MAELoss(MAE_ViT(**TINY), 4, norm_pix_loss)
+    img, noise = torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8), torch.rand(9, 16)
+    exact = MAELoss(copy.deepcopy(loss.model).double(), 4, norm_pix_loss)
+    pixels = img.double() / 255 * 2 - 1
+    predicted_img, mask = exact.model(pixels, noise)
+    if norm_pix_loss:
+        mean, std = patch_mean_std(pixels, 4)
+        pixels = (pixels - mean) / std
+    expected = ((predicted_img - pixels) ** 2)[mask == 1].view(9, -1).mean(1)
+    expected.mean().backward()
+    loss.to(device)
+    found = loss(img.to(device), noise.to(device))
+    found.mean().backward()
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
+    for a, b in zip(loss.parameters(), exact.parameters(), strict=True):
+        assert (a.grad.cpu() - b.grad).norm() <= 1e-4 * b.grad.norm()
 
 
 def test_patch_mean_std_undoes_the_normalisation():
