@@ -1,11 +1,14 @@
 """Time the training steps of both scripts, on this machine, beside the source's if it is given.
 
     python tests/benchmark.py
+    python tests/benchmark.py --micro_batch 128 512 1024 --json speed.json
     python tests/benchmark.py --source PATH_TO_A_CHECKOUT --json speed.json
 
 A step is a whole update of the weights: images, masks, forward, backward, optimizer, sums. The
-source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. The
-two alternate, so that what else the machine does falls on both. Warm-up is not in the clock.
+source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. Eager,
+compiled and the source's alternate, so that what else the machine does falls on all of them.
+Warm-up, with compilation, is not in the clock. Three numbers are the median, the lowest and the
+highest. Of several GPUs the first is measured, or the first that CUDA_VISIBLE_DEVICES names.
 """
 
 import argparse
@@ -21,8 +24,13 @@ import tempfile
 import time
 import warnings
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+import torch  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPOSITORY)
@@ -36,6 +44,24 @@ JOBS = ("pretrain", "finetune")
 NUM_PATCHES = 256
 
 
+def flops_per_image(job):
+    """3 * (12 * block(65) + 4 * block(257) + 2 * 256 * 12 * C + 2 * 256 * C * 12) in pretraining,
+    3 * (12 * block(257) + 2 * 256 * 12 * C + 2 * C * 10) in fine-tuning, both at the defaults:
+    block(n) = 24 * n * C^2 + 4 * n^2 * C for n tokens of width C = 192. The backward pass is
+    counted as twice the forward pass; norms, softmax and GELU are not counted.
+    """
+    C, num_pixels = 192, 12
+
+    def block(n):
+        linear = 2 * n * (3 + 1 + 4 + 4) * C**2  # q, k and v; projection; the two of the MLP
+        return linear + 2 * (2 * n**2 * C)  # q times k, and that times v
+
+    embedding = 2 * NUM_PATCHES * num_pixels * C
+    if job == "finetune":
+        return 3 * (12 * block(257) + embedding + 2 * C * 10)
+    return 3 * (12 * block(65) + 4 * block(257) + embedding + 2 * NUM_PATCHES * C * num_pixels)
+
+
 def get_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,29 +70,25 @@ def get_args():
     add("--source", help="a checkout of the source, whose model.py is imported from there")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="ours")
-    add("--compile", action="store_true", help="ours")
-    add("--micro_batch", type=int, default=128, help="images per pass (default: 128)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="ours compiled, too (default: on a GPU)")  # fmt: skip
+    add("--micro_batch", type=int, nargs="+", default=[128], metavar="N",
+        help="images per pass, one or several to try (default: 128)")  # fmt: skip
     add("--source_micro_batch", type=int, help="the source's, if another")
     add("--batch", type=int, help="images per update (default: 512 on a CPU, 4096 on a GPU)")
     add("--repeats", type=int, default=5, help="updates timed of each (default: 5)")
-    add("--json", help="write the figures to this file")
+    add("--json", help="write the figures to this file, anew after each")
     return parser.parse_args()
 
 
 def our_step(job, args, device, images, labels):
-    """A function that makes one update, and the FLOPs of an image in it."""
+    """-> step(update, size): one update by that many images; and the micro-batch it takes."""
     torch.manual_seed(0)
     mae = MAE_ViT()
     if job == "pretrain":
-        module = mae_pretrain.MAELoss(mae, patch_size=2)
-        example = images[:2], torch.rand(2, NUM_PATCHES)
-        names = ["loss"]
+        module, names = mae_pretrain.MAELoss(mae, patch_size=2), ["loss"]
     else:
-        module = ViT_Classifier(mae.encoder)
-        example = (utils.to_float(images[:2]),)
-        names = ["loss", "acc"]
-    with FlopCounterMode(display=False) as counter:
-        module(*example).sum().backward()
+        module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
     micro_batch = utils.choose_micro_batch_size(args, device)
     net, _ = utils.wrap_model(module, device, args, micro_batch, num_images=0)
@@ -75,9 +97,9 @@ def our_step(job, args, device, images, labels):
     progress = utils.Progress(device, names)
     progress.bar.disable = True
 
-    def step(update):
+    def step(update, size):
         rng = utils.generator("benchmark", update)
-        batch = torch.randperm(len(images), generator=rng)[: args.batch]
+        batch = torch.randperm(len(images), generator=rng)[:size]
         if job == "pretrain":
             noise = torch.rand(len(batch), NUM_PATCHES, generator=rng)
             mae_pretrain.train_batch(net, optim, images, batch, noise, micro_batch, progress)
@@ -85,7 +107,7 @@ def our_step(job, args, device, images, labels):
             train_classifier.train_batch(net, optim, images, labels, batch, micro_batch, progress)
         progress.end_update()
 
-    return step, counter.get_total_flops() / 2
+    return step, micro_batch
 
 
 def source_step(job, args, device, images, labels):
@@ -106,8 +128,8 @@ def source_step(job, args, device, images, labels):
     micro_batch = min(args.source_micro_batch or args.micro_batch, args.batch)
     losses = []
 
-    def step(update):
-        rows = torch.randperm(len(dataset))[: args.batch].tolist()
+    def step(update, size):
+        rows = torch.randperm(len(dataset))[:size].tolist()
         for start in range(0, len(rows), micro_batch):
             chosen = [dataset[i] for i in rows[start : start + micro_batch]]
             img = torch.stack([x for x, _ in chosen]).to(device)
@@ -124,7 +146,7 @@ def source_step(job, args, device, images, labels):
         optim.step()
         optim.zero_grad()
 
-    return step
+    return step, micro_batch
 
 
 def synchronize(device):
@@ -132,21 +154,12 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def timed(step, update, device):
+def timed(step, device, *args):
     synchronize(device)
     begin = time.perf_counter()
-    step(update)
+    step(*args)
     synchronize(device)
     return time.perf_counter() - begin
-
-
-def summary(rates):
-    rates = list(rates)
-    return {
-        "images_per_second": round(statistics.median(rates), 1),
-        "lowest": round(min(rates), 1),
-        "highest": round(max(rates), 1),
-    }
 
 
 def matrix_rate(device, dtype):
@@ -154,42 +167,99 @@ def matrix_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(timed(lambda _: a @ b, 0, device) for _ in range(10))
+    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+
+
+def copy_rate(device):
+    """Bytes read and written per second by a large copy on the device: the best of ten."""
+    a = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    b = torch.ones_like(a)
+    return 2 * a.numel() / min(timed(lambda: b.copy_(a), device) for _ in range(10))
+
+
+def attention_times(device, dtype, images=128):
+    """Microseconds an image, forward and backward, of PyTorch's kernels for attention.
+
+    At the tokens of the encoder in pretraining and of all patches, three heads, as timm calls it.
+    """
+    times = {}
+    for tokens in (65, 257):
+        qkv = torch.randn(images, tokens, 3, 3, 64, device=device, dtype=dtype, requires_grad=True)
+        gradient = torch.randn(images, tokens, 3, 64, device=device, dtype=dtype).transpose(1, 2)
+
+        def step(qkv=qkv, gradient=gradient):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [images,3,tokens,64] each
+            scaled_dot_product_attention(q, k, v).backward(gradient)
+
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+            try:
+                with sdpa_kernel(getattr(SDPBackend, name)), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # why a kernel cannot be used here
+                    step()
+                    seconds = statistics.median(timed(step, device) for _ in range(20))
+                times[f"{name.lower()}, {tokens} tokens"] = round(seconds / images * 1e6, 2)
+            except RuntimeError:
+                times[f"{name.lower()}, {tokens} tokens"] = "not available"
+    return times
+
+
+def count_kernels(step, micro_batch):
+    """Kernels that a micro-batch launches: what an update by two has more than one by one."""
+    launches = []
+    for size in (micro_batch, 2 * micro_batch):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step(0, size)
+            torch.cuda.synchronize()
+        on_gpu = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        launches.append(sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu))
+    return launches[1] - launches[0]
 
 
 def worker(side, job, args, connection):
     """A process for one side of one job: nothing set for ours, such as malloc's, helps the source.
 
-    Sends the FLOPs of an image, then the seconds of each update it is asked for; told to end, its
-    peak memory in bytes: of the GPU, or on a CPU of the process, libraries included.
+    Sends its micro-batch, then the seconds of each update it is asked for; told to end, its memory
+    in bytes, and on a GPU the kernels it launches.
     """
-    device = utils.choose_device(args.device) if side == "ours" else torch.device(args.device)
-    images, labels = draw_images(args)
-    step, flops = our_step(job, args, device, images, labels) if side == "ours" else (
-        source_step(job, args, device, images, labels), 0
-    )  # fmt: skip
-    connection.send(flops)
-    while (update := connection.recv()) is not None:
-        connection.send(timed(step, update, device))
-    if device.type == "cuda":
-        connection.send(torch.cuda.max_memory_allocated())
-    else:
-        connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    args.compile = side == "compiled"
+    with utils.one_line_errors():
+        ours = side != "source"
+        device = utils.choose_device(args.device) if ours else torch.device(args.device)
+        step, micro_batch = (our_step if ours else source_step)(
+            job, args, device, *draw_images(args)
+        )
+        connection.send(micro_batch)
+        while (update := connection.recv()) is not None:
+            connection.send(timed(step, device, update, args.batch))
+        if device.type == "cpu":  # of the process, libraries included
+            facts = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(0, args.batch)
+            peak = torch.cuda.max_memory_allocated()
+            facts = {
+                "peak_memory_bytes": peak,
+                "memory_per_image_bytes": (peak - before) // micro_batch,
+                "kernels_per_micro_batch": count_kernels(step, micro_batch),
+            }
+        connection.send(facts)
 
 
 def draw_images(args):
     return utils.draw_shapes(max(2 * args.batch, 2000), 32, 0)
 
 
-def start_up():
+def start_up(args):
     """Seconds from the command to the end of a run of one update of the demo, files written."""
     with tempfile.TemporaryDirectory() as folder:
         script = os.path.join(REPOSITORY, "mae_pretrain.py")
-        flags = "--demo --total_epoch 1 --train_images 128".split()
+        flags = "--demo --total_epoch 1 --train_images 128 --device".split()
         begin = time.perf_counter()
         subprocess.run(
-            [sys.executable, script, *flags], cwd=folder, check=True, capture_output=True
-        )
+            [sys.executable, script, *flags, args.device],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
         return time.perf_counter() - begin
 
 
@@ -202,83 +272,108 @@ def data_rate(device, images, size):
         for index in utils.to_device(order, device).split(size):
             utils.to_float(images[index])
 
-    return len(images) / statistics.median(timed(epoch, i, device) for i in range(5))
+    return len(images) / statistics.median(timed(epoch, device, i) for i in range(5))
 
 
-def measure(job, args, matrix):
-    """Figures of a job: both sides in turn, an update each."""
+def middle(values, digits):
+    """The median of the values, with the lowest and the highest."""
+    values = sorted(values)
+    return [round(x, digits) for x in (statistics.median(values), values[0], values[-1])]
+
+
+def measure(job, args, sides):
+    """Figures of a job at one micro-batch: an update of each side in turn. -> {side: figures}."""
     context = multiprocessing.get_context("spawn")
-    sides, processes = {}, []
-    for side in ("ours", "source") if args.source else ("ours",):
-        sides[side], theirs = context.Pipe()
-        processes.append(context.Process(target=worker, args=(side, job, args, theirs)))
-        processes[-1].start()
-        theirs.close()  # the worker's end: should it die, recv ends
-    flops = {side: connection.recv() for side, connection in sides.items()}["ours"]
+    connections, micro_batch, seconds, facts = {}, {}, {side: [] for side in sides}, {}
+    for side in sides:
+        connections[side], theirs = context.Pipe()
+        context.Process(target=worker, args=(side, job, args, theirs), daemon=True).start()
+        theirs.close()  # the worker's end: should it fail, recv ends
 
-    seconds = {side: [] for side in sides}
+    def ask(side, *question):
+        """What the side answers; None from then on if it has failed, as it has printed why."""
+        try:
+            for update in question:
+                connections[side].send(update)
+            return connections[side].recv()
+        except (EOFError, OSError):
+            sides.remove(side)
+
+    for side in list(sides):
+        micro_batch[side] = ask(side)
     for update in range(args.repeats + 1):
-        for side, connection in sides.items():
-            connection.send(update)
-            seconds[side].append(connection.recv())
-    peak = {}
-    for side, connection in sides.items():
-        connection.send(None)
-        peak[side] = connection.recv()
-    for process in processes:
-        process.join()
+        for side in list(sides):
+            seconds[side].append(ask(side, update))
+    for side in list(sides):
+        facts[side] = ask(side, None)
 
-    warm_up, *ours = seconds["ours"]
-    result = summary(args.batch / s for s in ours)
-    result["warm_up_seconds"] = round(warm_up, 2)
-    result["gflop_per_image"] = round(flops / 1e9, 2)
-    result["gflops"] = round(flops * result["images_per_second"] / 1e9, 1)
-    result["share_of_matrix_product"] = round(result["gflops"] * 1e9 / matrix, 3)
-    result["peak_memory_bytes"] = peak["ours"]
-    if args.source:
-        theirs = seconds["source"][1:]
-        result |= {f"source_{k}": v for k, v in summary(args.batch / s for s in theirs).items()}
-        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-        result["ratio"] = round(statistics.median(ratios), 2)
-        result["lowest_ratio"], result["highest_ratio"] = (
-            round(min(ratios), 2),
-            round(max(ratios), 2),
-        )
-        result["source_peak_memory_bytes"] = peak["source"]
-    return result
+    figures = {}
+    for side in sides:
+        warm_up, *timed_seconds = seconds[side]
+        speed = middle([args.batch / s for s in timed_seconds], 1)
+        flops = flops_per_image(job) * speed[0]
+        figures[side] = {
+            "micro_batch": micro_batch[side],
+            "images_per_second": speed,
+            "warm_up_seconds": round(warm_up, 2),
+            "gflops": round(flops / 1e9, 1),
+            "share_of_matrix_product": round(flops / args.matrix_rate, 3),
+            **facts[side],
+        }
+        for other in ("eager", "source"):
+            if other in sides and other != side != "source":
+                ratios = zip(seconds[other][1:], timed_seconds, strict=True)
+                figures[side][f"times_as_fast_as_{other}"] = middle([a / b for a, b in ratios], 2)
+    return figures
 
 
 def main(args):
     device = utils.choose_device(args.device)
     args.device = device.type
+    on_gpu = device.type == "cuda"
     if args.source and not os.path.isfile(os.path.join(args.source, "model.py")):
         raise utils.InputError(f"--source {args.source} has no model.py")
-    args.batch = args.batch or (4096 if device.type == "cuda" else 512)
+    args.batch = args.batch or (4096 if on_gpu else 512)
     precision = utils.choose_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    matrix = matrix_rate(device, dtype)
-    figures = {
-        "device": f"{name}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "precision": precision,
-        "compile": args.compile,
-        "micro_batch": args.micro_batch,
-        "source_micro_batch": args.source_micro_batch or args.micro_batch,
-        "batch": args.batch,
-        "repeats": args.repeats,
-        "matrix_product_gflops": round(matrix / 1e9, 1),
-        "start_up_seconds": round(start_up(), 1),
-        "data_images_per_second": round(data_rate(device, draw_images(args)[0], args.micro_batch)),
-    }
+    name = (
+        f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}, {torch.cuda.get_device_name()}"
+        if on_gpu
+        else "CPU"
+    )
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
+    args.matrix_rate = matrix_rate(device, dtype)
+    figures = {}
+
+    def add(name, value):
+        """Print a figure, and write all that there are."""
+        figures[name] = value
+        print(f"{name}: {value}" if not isinstance(value, dict) else f"\n{name}", flush=True)
+        for key, number in value.items() if isinstance(value, dict) else ():
+            print(f"    {key}: {number}", flush=True)
+        if args.json:
+            utils.write_file(args.json, json.dumps(figures, indent=2).encode())
+
+    add("device", f"{name}, {torch.get_num_threads()} threads")
+    add("versions", ", ".join(f"{name} {version}" for name, version in utils.VERSIONS.items()))
+    add("precision", precision)
+    add("batch", args.batch)
+    add("repeats", args.repeats)
+    add("matrix_product_gflops", round(args.matrix_rate / 1e9, 1))
+    add("copy_gb_per_second", round(copy_rate(device) / 1e9, 1))
+    flops = {job: f"{flops_per_image(job) / 1e9:.2f}" for job in JOBS}
+    add("gflop_per_image", flops | {"formula": " ".join(flops_per_image.__doc__.split())})
+    add("attention_microseconds_per_image", attention_times(device, dtype))
+    add("start_up_seconds", round(start_up(args), 1))
+    sizes = args.micro_batch
+    add("data_images_per_second", round(data_rate(device, draw_images(args)[0], sizes[0])))
+    compiled = on_gpu if args.compile is None else args.compile
     for job in JOBS:
-        figures[job] = measure(job, args, matrix)
-    for key, value in figures.items():
-        print(f"{key}: {value}" if key not in JOBS else f"\n{key}")
-        for name, number in value.items() if key in JOBS else ():
-            print(f"    {name}: {number:,}")
-    if args.json:
-        utils.write_file(args.json, json.dumps(figures, indent=2).encode())
+        for args.micro_batch in sizes:  # each worker is given args
+            sides = ["eager"] + ["compiled"] * compiled + ["source"] * bool(args.source)
+            for side, result in measure(job, args, sides).items():
+                add(f"{job}, micro-batch {args.micro_batch}, {side}", result)
 
 
 if __name__ == "__main__":
