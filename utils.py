@@ -188,12 +188,12 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="largest micro-batch: images on one device in one forward and backward pass; "
              "gradients of larger batches are accumulated, so the result does not depend on it")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: cuda where there is a GPU")
+        help="auto: cuda where there is a GPU that works")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="precision of matrix products; weights stay fp32; "
              "auto: bf16 where the hardware computes it natively")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, for runs of 3 million images or more)")
+        help="torch.compile the model (default: on one GPU, from 3 million images on, if it works)")
     add = parser.add_argument_group("output").add_argument
     add(model_flag, help="the model file; other files of the run go beside it")
     add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "

@@ -443,6 +443,7 @@ class Broken(TorchFunctionMode):
         (1, "The NVIDIA driver on your system is too old (found version 11040)."),
         (1, "CUDA error: no kernel image is available for execution on the device"),
     ],
+    ids=["none", "driver", "kernel"],
 )
 def test_a_gpu_that_does_not_work(gpus, message, monkeypatch, capsys):
     pretrain("--model_path", "cpu.pth", "--device", "cpu")
