@@ -472,6 +472,11 @@ def test_an_update_on_a_gpu_waits_for_nothing(script, device, monkeypatch):
     if stands_in:
         monkeypatch.setattr(model, "trunc_normal_", lambda *_, **__: None)  # asks for values
         monkeypatch.setattr(utils, "to_device", lambda tensor, device: tensor.to(device))
+        try:
+            with FakeTensorMode(), torch.device("cuda"):
+                torch.zeros(1)[torch.zeros(1, dtype=torch.int64)]
+        except RuntimeError:
+            pytest.skip("the stand-ins of this version of PyTorch need a driver")
     with FakeTensorMode() if stands_in else contextlib.nullcontext():
         cuda, batch = torch.device("cuda"), torch.randperm(60)[:25]
         with cuda:
