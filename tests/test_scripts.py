@@ -522,6 +522,15 @@ def test_what_cannot_be_compiled_runs_uncompiled(part, monkeypatch, capsys):
     same_weights("vit-t-mae.pth", "eager.pth", 1e-6)
 
 
+def test_too_little_memory_for_a_compiled_model_is_no_failure_to_compile(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pretrain("--compile")
+
+
 # A run of 3 million images, of which only the number is told; a CPU may pass as a GPU.
 LONG_RUN = """
 import sys, torch, conftest, mae_pretrain, utils
