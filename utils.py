@@ -65,7 +65,7 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def memory_for(what, remedy):
+def memory_for(what="a micro-batch", remedy="--max_device_batch_size or the size of the model"):
     """If memory runs out, of a GPU or not, raise InputError. Works as a decorator, too."""
     try:
         yield
@@ -82,7 +82,7 @@ def one_line_errors():
     with contextlib.suppress(AttributeError):  # a notebook's stdout prints every character anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with memory_for("a micro-batch", "--max_device_batch_size or the size of the model"):
+        with memory_for():
             yield
         return
     except Exception as error:
@@ -99,7 +99,8 @@ def one_line_errors():
     tqdm.write(f"error: {message}", file=sys.stderr)
     if world_size() > 1:  # the others may never answer: destroy the group, but exit in 5 s anyway
         faulthandler.dump_traceback_later(5, exit=True, file=open(os.devnull, "w"))
-        dist.destroy_process_group()
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
         os._exit(1)
     sys.exit(1)
 
@@ -271,29 +272,29 @@ def check_same_settings(**settings):
 
 
 def choose_device(name):
-    """auto, cpu or cuda -> torch.device. Raises InputError if cuda does not work, auto never."""
+    """auto, cpu or cuda -> torch.device. Raises InputError if cuda does not work; auto warns."""
     gpus = torch.cuda.device_count()
     index = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
     if 0 < gpus <= index and name != "cpu":
         raise InputError(f"--nproc_per_node is above the number of GPUs of this machine, {gpus}")
     if name == "cuda" or (name == "auto" and gpus):
         try:
-            torch.ones(1, device=f"cuda:{index}").add(1).item()  # a driver or GPU may be too old
+            for i in [index] if world_size() > 1 else range(max(gpus, 1)):
+                torch.ones(1, device=f"cuda:{i}").add(1).item()  # a driver or GPU may be too old
             torch.cuda.set_device(index)
             return torch.device("cuda", index)
         except Exception as error:
             if name == "cuda":
-                raise InputError(f"no usable GPU ({reason(error)}): use --device cpu") from error
-            print_rank_0(f"warning: no usable GPU ({reason(error)}): using the CPU")
+                raise InputError(f"GPU {i} fails ({reason(error)}): use --device cpu") from error
+            tqdm.write(f"warning: GPU {i} fails ({reason(error)}): using the CPU", file=sys.stderr)
     keep_freed_memory()
     return torch.device("cpu")
 
 
 def training_gpus(device):
     """The indexes of the GPUs that this process trains on: torchrun starts a process for each."""
-    if device.type == "cpu":
-        return []
-    return list(range(torch.cuda.device_count())) if world_size() == 1 else [device.index]
+    gpus = range(torch.cuda.device_count()) if world_size() == 1 else [device.index]
+    return [*gpus] if device.type == "cuda" else []
 
 
 def keep_freed_memory():
@@ -322,9 +323,9 @@ def choose_precision(name, device):
 class MixedPrecision(torch.nn.Module):
     """Autocast around a module, which is compiled for inputs of one batch size if one is given.
 
-    Other sizes, such as the last of an epoch, run uncompiled: each would take long to compile. If
-    compilation fails, everything does, after a warning; with must_compile it is an InputError.
-    Autocast is entered in here, as the threads of DataParallel do not inherit it.
+    Other sizes run uncompiled: each takes long to compile. If compilation fails, all of them do,
+    after a warning; with must_compile it is an InputError. Autocast is entered in here, as the
+    threads of DataParallel do not inherit it.
     """
 
     def __init__(self, module, device, precision, compiled_size=None, must_compile=False):
@@ -342,7 +343,7 @@ class MixedPrecision(torch.nn.Module):
         if len(inputs[0]) == self.compiled_size:
             try:
                 return self.run_compiled(*inputs)
-            except torch.OutOfMemoryError:
+            except InputError:
                 raise
             except Exception as error:  # no compiler, an old GPU, Windows, ...
                 if self.must_compile:
@@ -351,12 +352,13 @@ class MixedPrecision(torch.nn.Module):
                 self.compiled_size = None
         return self.run(*inputs)
 
+    @memory_for()
     def run_compiled(self, *inputs):
         if not self.compiled:
             self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True)
-            if torch.is_grad_enabled():  # the first backward pass compiles, too: let it fail here
+            with torch.enable_grad():  # the first backward pass compiles, too: let it fail here
                 loss = self.compiled(*inputs).sum()
-                torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+                torch.autograd.grad(loss, [*self.parameters()], allow_unused=True)
         return self.compiled(*inputs)
 
 
@@ -391,13 +393,10 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
 
 
 def choose_micro_batch_size(args, device):
-    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows.
-
-    In fp32 a CPU is as fast with 64 images as with more, and needs less memory.
-    """
+    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows."""
     largest = args.max_device_batch_size * max(1, len(training_gpus(device)))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
-        largest = min(largest, 64)
+        largest = min(largest, 64)  # as fast there as with more, and in less memory
     size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
     return math.ceil(size / math.ceil(size / largest))
 

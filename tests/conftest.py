@@ -7,6 +7,8 @@ import pickle
 import signal
 import socket
 
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
 import numpy as np
 import pytest
 import torch
@@ -47,16 +49,21 @@ def empty_folder(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+def without_tf32(monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request, monkeypatch):
     """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`.
 
-    There in exact fp32: the rounding of TF32 would hide what a test looks for.
+    On the first GPU, in exact fp32: the rounding of TF32 would hide what a test looks for.
     """
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU that PyTorch can use")
-        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+        without_tf32(monkeypatch)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return request.param
 

@@ -27,6 +27,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
+    without_tf32,
     write_official_files,
 )
 from PIL import Image
@@ -381,7 +382,8 @@ class OnCPU(DataParallel):
     """DataParallel with the CPU in the place of two GPUs, its replicas in threads of their own."""
 
     def __init__(self, module):
-        super().__init__(module)
+        torch.nn.Module.__init__(self)  # DataParallel's looks for GPUs
+        self.module = module
         self.device_ids, self.output_device, self.dim = [0, 1], 0, 0
         self.src_device_obj = torch.device("cpu")
 
@@ -444,6 +446,7 @@ def test_several_gpus_in_one_process(monkeypatch, capsys):
     """Two GPUs, of which one has no bf16; the CPU computes in their place."""
     pretrain("--model_path", "cpu.pth")
     capsys.readouterr()
+    without_tf32(monkeypatch)
     monkeypatch.setattr(utils, "DataParallel", OnCPU)
     monkeypatch.setattr(utils, "training_gpus", lambda _: [0, 1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
@@ -468,7 +471,7 @@ def test_an_update_on_a_gpu_waits_for_nothing(script, device, monkeypatch):
     """
     stands_in = device == "cpu"
     names = ["loss"] if script == "mae_pretrain" else ["loss", "acc"]
-    progress = utils.Progress(torch.device(device), names, disable=True)
+    progress = utils.Progress(torch.device(device), names)
     if stands_in:
         monkeypatch.setattr(model, "trunc_normal_", lambda *_, **__: None)  # asks for values
         monkeypatch.setattr(utils, "to_device", lambda tensor, device: tensor.to(device))
