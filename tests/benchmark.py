@@ -341,12 +341,9 @@ def main(args):
     args.batch = args.batch or (4096 if on_gpu else 512)
     precision = utils.choose_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    name = (
-        f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}, {torch.cuda.get_device_name()}"
-        if on_gpu
-        else "CPU"
-    )
+    name = "CPU"
     if on_gpu:
+        name = f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}, {torch.cuda.get_device_name()}"
         torch.set_float32_matmul_precision("high")  # TF32, as in training
     args.matrix_rate = matrix_rate(device, dtype)
     figures = {}

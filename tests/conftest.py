@@ -52,6 +52,14 @@ def empty_folder(tmp_path, monkeypatch):
 def without_tf32(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def as_on_gpus(monkeypatch, *indexes):
+    """The CPU passes as these GPUs, in exact fp32."""
+    without_tf32(monkeypatch)
+    monkeypatch.setattr(utils, "training_gpus", lambda _: list(indexes))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -64,7 +72,6 @@ def device(request, monkeypatch):
         if not torch.cuda.is_available():
             pytest.skip("no GPU that PyTorch can use")
         without_tf32(monkeypatch)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return request.param
 
 
@@ -76,6 +83,15 @@ def new_process(function, *args):
     process = context.Process(target=function, args=args)
     process.start()
     return process
+
+
+def statuses(processes, timeout):
+    """Wait that many seconds for each, and end what still runs -> their exit statuses."""
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def free_port():

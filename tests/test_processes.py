@@ -20,6 +20,7 @@ from conftest import (
     CLASSIFY,
     PRETRAIN,
     REPOSITORY,
+    as_on_gpus,
     few_shapes,
     free_port,
     new_process,
@@ -27,7 +28,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
-    without_tf32,
+    statuses,
     write_official_files,
 )
 from PIL import Image
@@ -88,11 +89,8 @@ def body(script, flags, folder, environment, stop_at, spoil_at, bug_at, hang):
     utils.read_shapes = few_shapes
     utils.DistributedDataParallel = CountingDDP
     torch.set_num_threads(1)
-    end_update, seen, destroy = (
-        utils.Progress.end_update,
-        [],
-        torch.distributed.destroy_process_group,
-    )
+    end_update, seen = utils.Progress.end_update, []
+    destroy = torch.distributed.destroy_process_group
 
     def noting():
         open(f"destroyed-{environment['RANK']}", "w").close()
@@ -127,13 +125,10 @@ def train(script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, hang=0, f
         environment = shared | {"RANK": str(i), "LOCAL_RANK": str(i)}
         args = script, own, os.path.abspath(folder), environment
         started.append(new_process(body, *args, stop_at, spoil_at, bug_at, hang))
-    for process in started:
-        process.join(timeout=100)
-        process.kill()
-        process.join()
+    ended = statuses(started, timeout=100)
     # Whatever ended a process, it has destroyed its process group.
     assert n == 1 or all(os.path.exists(f"{folder}/destroyed-{i}") for i in range(n))
-    return [process.exitcode for process in started]
+    return ended
 
 
 def output(folder, number=0):
@@ -282,9 +277,7 @@ def test_several_processes_download_once(tmp_path, monkeypatch):
                 new_process(download, attributes, os.path.abspath(f"{n}"), environment)
                 for environment in (shared | {"WORLD_SIZE": str(n)} | place for place in layout)
             ]
-            for process in started:
-                process.join(timeout=100)
-            assert [process.exitcode for process in started] == [0] * n
+            assert statuses(started, timeout=100) == [0] * n
             requests[n] = len(asked)
             asked.clear()
         server.shutdown()
@@ -446,10 +439,8 @@ def test_several_gpus_in_one_process(monkeypatch, capsys):
     """Two GPUs, of which one has no bf16; the CPU computes in their place."""
     pretrain("--model_path", "cpu.pth")
     capsys.readouterr()
-    without_tf32(monkeypatch)
+    as_on_gpus(monkeypatch, 0, 1)
     monkeypatch.setattr(utils, "DataParallel", OnCPU)
-    monkeypatch.setattr(utils, "training_gpus", lambda _: [0, 1])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (7, 5)][i])
     monkeypatch.setattr("sys.argv", ["mae_pretrain.py", "--batch_size", "25"])
     pretrain("--precision", "auto", "--compile")

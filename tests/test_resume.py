@@ -1,7 +1,6 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
+    statuses,
 )
 
 import mae_pretrain
@@ -57,9 +57,7 @@ def start(script, flags, folder="."):
 
 
 def finish(script, flags, folder="."):
-    process = start(script, flags, folder)
-    process.join(timeout=120)
-    return process.exitcode
+    return statuses([start(script, flags, folder)], timeout=120)[0]
 
 
 def curves(folder):
@@ -96,10 +94,7 @@ def steps_in_tensorboard(folder, load_fast):
     """What a TensorBoard server shows of a folder of runs: {(run, tag): steps}."""
     port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
-    command += [
-        f"--load_fast={str(load_fast).lower()}",
-        "--samples_per_plugin=scalars=1000,images=1000",
-    ]
+    command += [f"--load_fast={load_fast}", "--samples_per_plugin=scalars=1000,images=1000"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def ask(what, **query):
@@ -160,8 +155,8 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     folders = [f"{folder}/logs/shapes/{log}" for folder in ("killed", "undisturbed")]
     assert curves(folders[0]) == curves(folders[1])
     all_steps_once(folders[0], 30)
-    # TensorBoard has two readers of its own.
-    shown = steps_in_tensorboard("killed/logs/shapes", load_fast=script == "mae_pretrain")
+    load_fast = "true" if script == "mae_pretrain" else "false"  # TensorBoard has two readers
+    shown = steps_in_tensorboard("killed/logs/shapes", load_fast)
     parts = {os.path.normpath(os.path.join(log, part)) for part, _ in curves(folders[0])}
     assert {run for run, _ in shown} == parts
     for curve, steps in shown.items():
@@ -218,9 +213,8 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
     state = read(f"{name}.state.pth")
     assert 3 * state["epoch"] + state["update"] == at
     next_second()
-    other = {"--device": "cpu" if at == 3 else device}
-    other["--max_device_batch_size"] = "9" if at == 5 else "16"
-    train_("--resume", *itertools.chain(*other.items()))
+    other = ["--device", "cpu" if at == 3 else device]
+    train_("--resume", "--max_device_batch_size", "9" if at == 5 else "16", *other)
     tolerance = TOLERANCE[device] if at == 5 or device == "cuda" else 0.0
     same_weights(f"{name}.pth", "whole.pth", tolerance)
     all_steps_once(f"logs/shapes/{log}", 2)
@@ -474,8 +468,7 @@ def test_killed_while_the_best_epoch_could_not_be_written():
     flags = [*CLASSIFY, "--save_minutes", "0"]
     assert finish("train_classifier", [*flags, "--output_model_path", "whole.pth"]) == 0
     process = new_process(best_epoch_cannot_be_written, flags, os.getcwd())
-    process.join(timeout=120)
-    assert process.exitcode == -signal.SIGKILL and not os.path.exists("cls.pth")
+    assert statuses([process], timeout=120) == [-signal.SIGKILL] and not os.path.exists("cls.pth")
     assert finish("train_classifier", [*flags, "--resume"]) == 0
     same_weights("cls.pth", "whole.pth")
     content = [read(f"{name}.pth") for name in ("cls", "whole")]

@@ -1,5 +1,6 @@
 """Both scripts, through their command lines: what they write, print and refuse."""
 
+import functools
 import os
 import resource
 import subprocess
@@ -13,6 +14,7 @@ from conftest import (
     REPOSITORY,
     TESTS,
     TOLERANCE,
+    as_on_gpus,
     classify,
     events,
     new_process,
@@ -20,7 +22,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
-    without_tf32,
+    statuses,
 )
 from PIL import Image
 from torch._dynamo.backends.common import aot_autograd
@@ -413,11 +415,10 @@ def with_little_memory(device, flags):
 def test_too_little_memory_is_one_line(flags, message, device):
     shared = ["--dataset", "shapes", "--precision", "fp32", "--device", device]
     process = new_process(with_little_memory, device, [*flags.split(), *shared])
-    process.join(timeout=60)
-    process.kill()
+    (status,) = statuses([process], timeout=60)
     with open("errors") as file:
         line = file.read()
-    assert process.exitcode == 1 and message in line and len(line.splitlines()) == 1, line
+    assert status == 1 and message in line and len(line.splitlines()) == 1, line
 
 
 def test_an_error_of_ours_keeps_its_traceback():
@@ -482,10 +483,7 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
         graphs.append(graph)
         return graph.forward if device == "cpu" else compile_fx(graph, example)
 
-    compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend=backend)
-    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     flags = "--total_epoch 3 --base_learning_rate 3e-3 --device".split() + [device]
     pretrain(*flags, "--model_path", "eager.pth", "--no-compile")
     torch._dynamo.reset()
@@ -498,12 +496,10 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
     assert all("_orig_mod" not in name for name in read("cls.pth")["model"])
 
 
-def as_on_a_gpu(monkeypatch):
+def long_run_on_a_gpu(monkeypatch):
     """The CPU passes as a GPU, and a run as one of 3 million images."""
-    without_tf32(monkeypatch)
+    as_on_gpus(monkeypatch, 0)
     wrap_model = utils.wrap_model
-    monkeypatch.setattr(utils, "training_gpus", lambda _: [0])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(utils, "wrap_model", lambda *args: wrap_model(*args[:4], 3_000_000))
 
 
@@ -515,14 +511,12 @@ def few_words(*_):
 def test_what_cannot_be_compiled_runs_uncompiled(part, monkeypatch, capsys):
     """By default a warning, with --compile an error; whichever pass it is that fails."""
     compilers = {"fw_compiler": lambda graph, _: graph.forward, part: few_words}
-    backend, compile_ = aot_autograd(**compilers), torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *args, **kwargs: compile_(*args, **kwargs, backend=backend)
-    )
+    backend = aot_autograd(**compilers)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     pretrain("--model_path", "eager.pth", "--no-compile")
     with pytest.raises(utils.InputError, match="cannot --compile .*triton installation.*leave it"):
         pretrain("--compile")
-    as_on_a_gpu(monkeypatch)
+    long_run_on_a_gpu(monkeypatch)
     capsys.readouterr()
     pretrain()
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
@@ -535,7 +529,7 @@ def test_too_little_memory_for_a_compiled_model_is_no_failure_to_compile(flag, m
     def full(*_):
         raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    as_on_a_gpu(monkeypatch)
+    long_run_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     with pytest.raises(utils.InputError, match="a micro-batch does not fit"):
         pretrain(*flag)
@@ -544,11 +538,10 @@ def test_too_little_memory_for_a_compiled_model_is_no_failure_to_compile(flag, m
 
 # In a process of its own: PyTorch reads CXX when it is imported.
 LONG_RUN = """
-import sys, pytest, torch, conftest, mae_pretrain, test_scripts, utils
+import sys, pytest, conftest, mae_pretrain, test_scripts, utils
 
 utils.read_shapes = conftest.few_shapes
-test_scripts.as_on_a_gpu(pytest.MonkeyPatch())
-torch.backends.cudnn.allow_tf32 = False
+test_scripts.long_run_on_a_gpu(pytest.MonkeyPatch())
 with utils.one_line_errors():
     for flags in ([], ["--compile"]):
         mae_pretrain.main(mae_pretrain.get_args(sys.argv[1:] + flags))
