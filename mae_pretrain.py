@@ -13,11 +13,13 @@ trains nothing: it shows how the trained model reconstructs your images.
 import argparse
 import inspect
 import os
+import shlex
+
+import utils  # isort: skip  (first, as it sets an environment variable that PyTorch reads)
 
 import torch
 from einops import rearrange
 
-import utils
 from model import MAE_ViT, count_visible
 
 DEMO = {
@@ -49,18 +51,23 @@ def get_args(argv=None):
         help="set defaults for a run of minutes without network: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model").add_argument
-    add("--image_size", type=utils.positive_int, default=32)
+    add("--image_size", type=utils.positive_int, default=32, help="side of the images in pixels")
     add("--patch_size", type=utils.positive_int, default=2,
-        help="an image has (image_size / patch_size)^2 patches")
-    add("--emb_dim", type=utils.positive_int, default=192, help="width; a multiple of the heads")
-    add("--encoder_layer", type=utils.positive_int, default=12)
-    add("--encoder_head", type=utils.positive_int, default=3)
-    add("--decoder_layer", type=utils.positive_int, default=4)
-    add("--decoder_head", type=utils.positive_int, default=3)
+        help="side of a patch in pixels; an image has (image_size / patch_size)^2 patches")
+    add("--emb_dim", type=utils.positive_int, default=192,
+        help="embedding dimension; a multiple of the number of heads")
+    add("--encoder_layer", type=utils.positive_int, default=12,
+        help="number of Transformer blocks of the encoder")
+    add("--encoder_head", type=utils.positive_int, default=3,
+        help="number of attention heads of each")
+    add("--decoder_layer", type=utils.positive_int, default=4,
+        help="number of Transformer blocks of the decoder")
+    add("--decoder_head", type=utils.positive_int, default=3,
+        help="number of attention heads of each")
     open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
     add("--mask_ratio", type=open_ratio, default=0.75, nargs="+", action=OneOrMore,
-        help="share of the patches hidden; int(patches * (1 - mask_ratio)) stay visible; "
-             "several only with --reconstruct")
+        help="fraction of the patches that is masked; int(patches * (1 - mask_ratio)) stay "
+             "visible; several values only with --reconstruct")
     add("--norm_pix_loss", action="store_true",
         help="predict pixels normalised by the mean and standard deviation of their patch; "
              "the reconstructions shown are de-normalised with those of the true patch")
@@ -68,7 +75,7 @@ def get_args(argv=None):
         help="train on random resized crops, half of them flipped, as in the paper")
     parser.add_argument("--reconstruct", metavar="PATH",
         help="no training: the model of --model_path reconstructs an image, or the first 16 of a "
-             "folder, in a PNG beside it")
+             "folder, in a PNG beside it (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
         max_device_batch_size=128, base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, model_path="vit-t-mae.pth")
@@ -199,6 +206,7 @@ def main(args):
     device = utils.choose_device(args.device)
     png_path = os.path.splitext(args.model_path)[0] + ".png"
     utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
+    utils.print_facts("arguments", vars(args))
 
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
     model = MAE_ViT(**architecture)
@@ -207,7 +215,7 @@ def main(args):
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
-    micro_batch_size = utils.choose_micro_batch_size(args, device)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     total_images = args.total_epoch * num_images
     net, chosen = utils.wrap_model(loss, device, args, micro_batch_size, total_images)
@@ -253,6 +261,14 @@ def main(args):
             run.files[png_path] = utils.png_bytes(grid)
             run.save()
     utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")
+    if args.demo:
+        model_path = shlex.quote(args.model_path)
+        utils.print_rank_0(
+            f"\nLook at {png_path}: 16 images, each masked, reconstructed and as it was drawn.\n"
+            "See next what pretraining is worth with 500 labels, from scratch and pretrained:\n"
+            "    python train_classifier.py --demo\n"
+            f"    python train_classifier.py --demo --pretrained_model_path {model_path}"
+        )
 
 
 if __name__ == "__main__":

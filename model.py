@@ -12,7 +12,6 @@ import math
 import torch
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from timm.models.vision_transformer import Block
 from torch.nn.init import trunc_normal_
 
 
@@ -42,6 +41,8 @@ def count_visible(num_patches, mask_ratio):
 
 
 def transformer_blocks(emb_dim, num_layer, num_head):
+    from timm.models.vision_transformer import Block  # not above: --help need not wait for it
+
     # The published weights belong to LayerNorm's eps of 1e-5; timm's own default is 1e-6 today.
     blocks = [Block(emb_dim, num_head, norm_layer=torch.nn.LayerNorm) for _ in range(num_layer)]
     return torch.nn.Sequential(*blocks)

@@ -16,12 +16,13 @@ import copy
 import math
 import os
 
+import utils  # isort: skip  (first, as it sets an environment variable that PyTorch reads)
+
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
-from torchvision.transforms.functional import to_tensor
 
-import utils
 from model import MAE_Encoder, ViT_Classifier
 
 ENCODER = {
@@ -53,11 +54,14 @@ def get_args(argv=None):
     add = parser.add_argument_group("model",
         "read from the file where --pretrained_model_path is given").add_argument
     add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
-    add("--image_size", type=utils.positive_int, help="(default: 32)")
-    add("--patch_size", type=utils.positive_int, help="(default: 2)")
-    add("--emb_dim", type=utils.positive_int, help="width; a multiple of the heads (default: 192)")
-    add("--encoder_layer", type=utils.positive_int, help="(default: 12)")
-    add("--encoder_head", type=utils.positive_int, help="(default: 3)")
+    add("--image_size", type=utils.positive_int, help="side of the images in pixels (default: 32)")
+    add("--patch_size", type=utils.positive_int, help="side of a patch in pixels (default: 2)")
+    add("--emb_dim", type=utils.positive_int,
+        help="embedding dimension; a multiple of the number of heads (default: 192)")
+    add("--encoder_layer", type=utils.positive_int,
+        help="number of Transformer blocks (default: 12)")
+    add("--encoder_head", type=utils.positive_int,
+        help="number of attention heads of each (default: 3)")
     add = parser.add_argument_group("recipe").add_argument
     add("--augment", type=utils.checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
         const=1.0, metavar="STRENGTH",
@@ -76,7 +80,8 @@ def get_args(argv=None):
         help="choose the best epoch on N of the training images, which are not trained on, "
              "and report its accuracy on the test images (default: choose on those)")
     add("--eval", metavar="FILE",
-        help="no training: accuracy by class and confusion matrix of a saved classifier")
+        help="no training: accuracy by class and confusion matrix of a saved classifier "
+             "(default: train)")
     utils.add_shared_flags(parser, "--output_model_path",
         "scratch-cls, pretrain-cls, probe-cls or eval-cls", seed=2022, batch_size=128,
         max_device_batch_size=256, base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
@@ -313,7 +318,7 @@ def draw_confusion(counts, classes):
             colour = "white" if share[i, j] > 0.5 else "black"
             where = left + j * cell + cell // 2, top + middle
             draw.text(where, f"{counts[i, j]}", colour, anchor="mm")
-    return to_tensor(img)
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1) / 255
 
 
 def evaluate_file(args):
@@ -330,7 +335,8 @@ def evaluate_file(args):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    micro_batch_size = utils.choose_micro_batch_size(args, device)
+    num_patches = len(model.pos_embedding)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
     net, _ = utils.wrap_model(model.eval(), device, args, micro_batch_size, 0)
     images = dataset.val_images
     loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
@@ -375,6 +381,7 @@ def main(args):
     utils.check_outputs(args.output_model_path, utils.state_path(args.output_model_path))
 
     encoder, architecture = get_encoder(args)
+    utils.print_facts("arguments", vars(args))
     dataset = utils.load_dataset(args, device)
     fingerprint = utils.checksum(*dataset[:4])
     test_images, test_labels = dataset.val_images, dataset.val_labels
@@ -383,7 +390,8 @@ def main(args):
     images, labels, val_images, val_labels, classes = dataset
     architecture["num_classes"] = len(classes)
     model = ViT_Classifier(encoder, len(classes))
-    micro_batch_size = utils.choose_micro_batch_size(args, device)
+    num_patches = len(model.pos_embedding)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
     total_images = args.total_epoch * len(images)
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
     groups = parameter_groups(model, args.layer_decay)

@@ -1,4 +1,7 @@
-"""What both scripts share, in the order in which a run meets it."""
+"""What both scripts share, in the order in which a run meets it.
+
+torchvision and timm are imported where they are needed, so that --help does not wait for them.
+"""
 
 import argparse
 import contextlib
@@ -21,17 +24,18 @@ import warnings
 import zipfile
 import zlib
 
+# For GNU's OpenMP, which reads it when PyTorch loads: a thread that waits gives up its core soon.
+# Else, on cores that other programs use, too, most of the time goes by in waiting.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image, ImageOps
 from torch.nn.functional import grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier, architecture_of, unpack_module
@@ -106,11 +110,12 @@ def one_line_errors():
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the script's own line breaks; shows defaults other than None and False."""
+    """Keeps the script's own line breaks; a help text tells itself what a default of None means."""
 
     def _get_help_string(self, action):
-        has_default = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
+        if action.default is False:
+            return f"{action.help} (default: off)"
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -180,10 +185,10 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="images per update of the weights; the last batch of an epoch may be smaller")
     add("--base_learning_rate", type=unsigned_float, metavar="RATE",
         help="the peak learning rate is base_learning_rate * batch_size / 256")
-    add("--weight_decay", type=unsigned_float, metavar="RATE")
-    add("--total_epoch", type=positive_int, metavar="N")
+    add("--weight_decay", type=unsigned_float, metavar="RATE", help="weight decay of AdamW")
+    add("--total_epoch", type=positive_int, metavar="N", help="number of epochs")
     add("--warmup_epoch", type=unsigned_int, metavar="N",
-        help="epochs of linear warm-up of the learning rate; half a cosine down to 0 follows")
+        help="epochs of linear warm-up of the learning rate, before its cosine decay to 0")
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
         help="largest micro-batch: images on one device in one forward and backward pass; "
@@ -392,11 +397,11 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
     return net, {"device": name, "precision": precision, "compile": compiled}
 
 
-def choose_micro_batch_size(args, device):
+def choose_micro_batch_size(args, device, num_patches):
     """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows."""
     largest = args.max_device_batch_size * max(1, len(training_gpus(device)))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
-        largest = min(largest, 64)  # as fast there as with more, and in less memory
+        largest = min(largest, max(1, 2**14 // num_patches))  # more is no faster there
     size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
     return math.ceil(size / math.ceil(size / largest))
 
@@ -529,6 +534,8 @@ def read_cifar(name, root):
     First process 0 reads, then one process of each machine, then the others: whether or not the
     machines share a disk, no two write the same file.
     """
+    import torchvision
+
     dataset = getattr(torchvision.datasets, name.upper())
     own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
@@ -584,12 +591,14 @@ def read_folder(args, need_classes):
 
 def list_images(folder, need_classes=False):
     """[(path, label), ...] and the names of the classes, by torchvision's reader."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder, make_dataset
+
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}")
     extensions = (*IMG_EXTENSIONS, ".gif")
     try:
         if need_classes:
-            dataset = torchvision.datasets.DatasetFolder(folder, None, extensions)
+            dataset = DatasetFolder(folder, None, extensions)
             return dataset.samples, dataset.classes
         return make_dataset(folder, {"": 0}, extensions), [""]
     except OSError as error:
@@ -614,6 +623,8 @@ def decode(files, image_size):
     Each image is turned upright, resized to S on its shorter side, cropped to its centre, RGB; of
     an animated one it is the first frame. Raises InputError naming those that cannot be read.
     """
+    from torchvision.transforms import functional as TF
+
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     broken = []
     bar = tqdm(files, "Reading images", disable=rank() > 0 or None, leave=False)
@@ -759,12 +770,17 @@ def png_bytes(img):
     """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
     scale = max(1, 768 // img.shape[-1])
     img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    pixels = (img * 255).round().byte().permute(1, 2, 0)  # [H,W,3]
     buffer = io.BytesIO()
-    torchvision.utils.save_image(img, buffer, format="png")
+    Image.fromarray(pixels.cpu().numpy()).save(buffer, "png")
     return buffer.getvalue()
 
 
-VERSIONS = {x.__name__: str(x.__version__) for x in (torch, torchvision, timm, np)}
+def versions():
+    import timm
+    import torchvision
+
+    return {x.__name__: str(x.__version__) for x in (torch, torchvision, timm, np)}
 
 
 def model_bytes(model, architecture, args, **more):
@@ -776,7 +792,7 @@ def model_bytes(model, architecture, args, **more):
             "architecture": architecture,
             "preprocessing": {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5},
             "args": vars(args),
-            "versions": VERSIONS,
+            "versions": versions(),
             **more,
         }
     )
@@ -963,13 +979,16 @@ class Progress:
         return {name: x / num_images for name, x in zip(self.names, sums, strict=True)}
 
 
+def print_facts(title, facts):
+    print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in facts.items())}")
+
+
 def describe_run(args, chosen, model, dataset, folder):
-    """Print once what this run is."""
+    """Print once what this run is, beside its arguments."""
     parameters = sum(p.numel() for p in model.parameters())
     sizes = f"{len(dataset.train_images):,} training, {len(dataset.val_images):,} validation images"
-    for title, facts in (("arguments", vars(args)), ("libraries", VERSIONS), ("chosen", chosen)):
-        text = ", ".join(f"{name} {value}" for name, value in facts.items())
-        print_rank_0(f"{title + ':':11}{text}")
+    print_facts("libraries", versions())
+    print_facts("chosen", chosen)
     print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
     print_rank_0(f"dataset:   {args.dataset}, {sizes}")
     print_rank_0(f"curves:    {folder}")

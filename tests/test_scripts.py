@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -274,6 +275,35 @@ def test_help_states_the_rule(capsys):
         mae_pretrain.get_args(["--help"])
     assert stop.value.code == 0
     assert "base_learning_rate * batch_size / 256" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
+def test_help_tells_every_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.get_args(["--help"])
+    _, *flags = capsys.readouterr().out.split("\n  -")
+    assert len(flags) > 20
+    for flag in flags[1:]:  # the first is --help
+        assert re.search(r"\((.+; )?default: (?!None)", " ".join(flag.split())), flag
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain.py", "train_classifier.py"])
+def test_help_waits_for_no_large_library(script):
+    done = run(script, "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0 and "--total_epoch" in done.stdout
+    assert not re.search(r"\| +(timm|torchvision|torch._dynamo)$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_wait_as_the_user_says_or_else_briefly(user, expected, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT")  # set here when utils was imported
+    done = run("mae_pretrain.py", "--help", OMP_DISPLAY_ENV="verbose", **user)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("PyTorch's OpenMP is not GNU's here")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
 
 
 BAD_FLAGS = [
