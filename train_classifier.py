@@ -32,7 +32,7 @@ ENCODER = {
     "encoder_layer": 12,
     "encoder_head": 3,
 }
-# 500 labels, where mae_pretrain.py --demo saw 30,000 images.
+# 500 labels, where mae_pretrain.py --demo saw 10,000 images.
 DEMO = {
     "dataset": "shapes",
     "train_images": 500,
@@ -42,7 +42,7 @@ DEMO = {
     "warmup_epoch": 5,
     "output_model_path": "vit-t-classifier-demo.pth",
 }
-DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 96, "encoder_layer": 4}
+DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 64, "encoder_layer": 4, "encoder_head": 4}
 
 
 def get_args(argv=None):

@@ -27,7 +27,7 @@ import zlib
 # For GNU's OpenMP, which reads it when PyTorch loads: a thread that waits gives up its core soon.
 # Else, on cores that other programs use, too, most of the time goes by in waiting.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -716,8 +716,8 @@ def shape_distance(x, y, kind):
 
 
 def read_shapes(image_size):
-    """30,000 drawn images to train on and 2,000 others to validate on; the same in every run."""
-    return Dataset(*draw_shapes(30_000, image_size, 0), *draw_shapes(2_000, image_size, 1), SHAPES)
+    """10,000 drawn images to train on and 1,000 others to validate on; the same in every run."""
+    return Dataset(*draw_shapes(10_000, image_size, 0), *draw_shapes(1_000, image_size, 1), SHAPES)
 
 
 # --------------------------------------------------------------------------------- model files

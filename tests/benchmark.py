@@ -358,7 +358,7 @@ def main(args):
             utils.write_file(args.json, json.dumps(figures, indent=2).encode())
 
     add("device", f"{name}, {torch.get_num_threads()} threads")
-    add("versions", ", ".join(f"{name} {version}" for name, version in utils.VERSIONS.items()))
+    add("versions", ", ".join(f"{name} {version}" for name, version in utils.versions().items()))
     add("precision", precision)
     add("batch", args.batch)
     add("repeats", args.repeats)

@@ -296,7 +296,7 @@ def test_help_waits_for_no_large_library(script):
 
 @pytest.mark.parametrize(
     ("user", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
 )
 def test_threads_wait_as_the_user_says_or_else_briefly(user, expected, monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT")  # set here when utils was imported
