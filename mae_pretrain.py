@@ -25,15 +25,13 @@ from model import MAE_ViT, count_visible
 DEMO = {
     "dataset": "shapes",
     "patch_size": 8,
-    "emb_dim": 64,
+    "emb_dim": 96,
     "encoder_layer": 4,
-    "encoder_head": 4,
     "decoder_layer": 1,
-    "decoder_head": 4,
     "mask_ratio": 0.5,
     "batch_size": 64,
     "base_learning_rate": 8e-3,
-    "total_epoch": 20,
+    "total_epoch": 14,
     "warmup_epoch": 1,
     "model_path": "vit-t-mae-demo.pth",
 }

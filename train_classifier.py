@@ -38,11 +38,11 @@ DEMO = {
     "train_images": 500,
     "batch_size": 64,
     "base_learning_rate": 4e-3,
-    "total_epoch": 40,
-    "warmup_epoch": 5,
+    "total_epoch": 25,
+    "warmup_epoch": 3,
     "output_model_path": "vit-t-classifier-demo.pth",
 }
-DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 64, "encoder_layer": 4, "encoder_head": 4}
+DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 96, "encoder_layer": 4}
 
 
 def get_args(argv=None):
