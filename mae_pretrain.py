@@ -25,13 +25,15 @@ from model import MAE_ViT, count_visible
 DEMO = {
     "dataset": "shapes",
     "patch_size": 8,
-    "emb_dim": 96,
+    "emb_dim": 64,
     "encoder_layer": 4,
+    "encoder_head": 4,
     "decoder_layer": 1,
+    "decoder_head": 4,
     "mask_ratio": 0.5,
     "batch_size": 64,
     "base_learning_rate": 8e-3,
-    "total_epoch": 14,
+    "total_epoch": 16,
     "warmup_epoch": 1,
     "model_path": "vit-t-mae-demo.pth",
 }
@@ -215,7 +217,7 @@ def main(args):
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
-    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches * args.emb_dim)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     total_images = args.total_epoch * num_images
     net, chosen = utils.wrap_model(loss, device, args, micro_batch_size, total_images)

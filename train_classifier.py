@@ -36,13 +36,13 @@ ENCODER = {
 DEMO = {
     "dataset": "shapes",
     "train_images": 500,
-    "batch_size": 64,
-    "base_learning_rate": 4e-3,
-    "total_epoch": 25,
-    "warmup_epoch": 3,
+    "batch_size": 32,
+    "base_learning_rate": 8e-3,
+    "total_epoch": 20,
+    "warmup_epoch": 2,
     "output_model_path": "vit-t-classifier-demo.pth",
 }
-DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 96, "encoder_layer": 4}
+DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 64, "encoder_layer": 4, "encoder_head": 4}
 
 
 def get_args(argv=None):
@@ -335,8 +335,7 @@ def evaluate_file(args):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    num_patches = len(model.pos_embedding)
-    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, model.pos_embedding.numel())
     net, _ = utils.wrap_model(model.eval(), device, args, micro_batch_size, 0)
     images = dataset.val_images
     loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
@@ -390,8 +389,7 @@ def main(args):
     images, labels, val_images, val_labels, classes = dataset
     architecture["num_classes"] = len(classes)
     model = ViT_Classifier(encoder, len(classes))
-    num_patches = len(model.pos_embedding)
-    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches)
+    micro_batch_size = utils.choose_micro_batch_size(args, device, model.pos_embedding.numel())
     total_images = args.total_epoch * len(images)
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
     groups = parameter_groups(model, args.layer_decay)

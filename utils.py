@@ -397,13 +397,20 @@ def wrap_model(module, device, args, micro_batch_size, num_images):
     return net, {"device": name, "precision": precision, "compile": compiled}
 
 
-def choose_micro_batch_size(args, device, num_patches):
-    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows."""
+def choose_micro_batch_size(args, device, activations):
+    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows.
+
+    activations: number of patches of an image times width. On a CPU also choose how many threads.
+    """
     largest = args.max_device_batch_size * max(1, len(training_gpus(device)))
     if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
-        largest = min(largest, max(1, 2**14 // num_patches))  # more is no faster there
+        largest = min(largest, max(1, 3 * 2**20 // activations))  # more is no faster there
     size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
-    return math.ceil(size / math.ceil(size / largest))
+    size = math.ceil(size / math.ceil(size / largest))
+    if device.type == "cpu":  # a thread with less to do would wait longer than it works
+        threads = max(1, size * activations // 2**16)
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    return size
 
 
 def micro_batches(net, micro_batch_size, device, *tensors):

@@ -91,7 +91,7 @@ def our_step(job, args, device, images, labels):
     else:
         module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
-    micro_batch = utils.choose_micro_batch_size(args, device, NUM_PATCHES)
+    micro_batch = utils.choose_micro_batch_size(args, device, mae.encoder.pos_embedding.numel())
     net, _ = utils.wrap_model(module, device, args, micro_batch, num_images=0)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     images, labels = images.to(device), labels.to(device)
