@@ -1,5 +1,6 @@
 """Both scripts, through their command lines: what they write, print and refuse."""
 
+import argparse
 import functools
 import os
 import re
@@ -304,6 +305,19 @@ def test_threads_wait_as_the_user_says_or_else_briefly(user, expected, monkeypat
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("PyTorch's OpenMP is not GNU's here")
     assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("activations", "micro_batch", "threads"),
+    [(256 * 192, 64, 8), (64 * 128, 128, 8), (16 * 64, 128, 2), (16 * 24, 128, 1)],
+)
+def test_a_cpu_gets_what_it_can_use(activations, micro_batch, threads, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    args = argparse.Namespace(batch_size=256, max_device_batch_size=128, precision="fp32")
+    size = utils.choose_micro_batch_size(args, torch.device("cpu"), activations)
+    assert (size, chosen) == (micro_batch, [threads])
 
 
 BAD_FLAGS = [
