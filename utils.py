@@ -24,8 +24,8 @@ import warnings
 import zipfile
 import zlib
 
-# For GNU's OpenMP, which reads it when PyTorch loads: a thread that waits gives up its core soon.
-# Else, on cores that other programs use, too, most of the time goes by in waiting.
+# GNU's OpenMP reads this when PyTorch loads: a waiting thread gives up its core sooner. Otherwise
+# threads hold each other up on cores that other programs use as well.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
