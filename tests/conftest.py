@@ -79,7 +79,7 @@ def new_process(function, *args):
     """Start a process that has imported all it needs, and computed nothing, before it is forked."""
     os.environ["PYTHONPATH"] = os.pathsep.join([REPOSITORY, TESTS])  # not sys.path, on Python 3.11
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_pretrain", "train_classifier", "conftest"])
+    context.set_forkserver_preload(["mae_pretrain", "train_classifier", "conftest", "timm"])
     process = context.Process(target=function, args=args)
     process.start()
     return process
