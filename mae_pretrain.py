@@ -217,7 +217,8 @@ def main(args):
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
-    micro_batch_size = utils.choose_micro_batch_size(args, device, num_patches * args.emb_dim)
+    activations = model.encoder.pos_embedding.numel()
+    micro_batch_size = utils.choose_micro_batch_size(args, device, activations)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     total_images = args.total_epoch * num_images
     net, chosen = utils.wrap_model(loss, device, args, micro_batch_size, total_images)

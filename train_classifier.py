@@ -18,7 +18,6 @@ import os
 
 import utils  # isort: skip  (first, as it sets an environment variable that PyTorch reads)
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
@@ -300,6 +299,8 @@ def draw_confusion(counts, classes):
 
     A cell is the darker, the larger its share of its row; up to 30 classes have names and numbers.
     """
+    from torchvision.transforms.functional import to_tensor
+
     k = len(classes)
     cell, left, top = (44, 130, 30) if k <= 30 else (max(1, 900 // k), 0, 0)
     share = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
@@ -318,7 +319,7 @@ def draw_confusion(counts, classes):
             colour = "white" if share[i, j] > 0.5 else "black"
             where = left + j * cell + cell // 2, top + middle
             draw.text(where, f"{counts[i, j]}", colour, anchor="mm")
-    return torch.from_numpy(np.array(img)).permute(2, 0, 1) / 255
+    return to_tensor(img)
 
 
 def evaluate_file(args):

@@ -775,11 +775,12 @@ def to_bytes(content):
 
 def png_bytes(img):
     """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
+    from torchvision.utils import save_image
+
     scale = max(1, 768 // img.shape[-1])
     img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    pixels = (img * 255).round().byte().permute(1, 2, 0)  # [H,W,3]
     buffer = io.BytesIO()
-    Image.fromarray(pixels.cpu().numpy()).save(buffer, "png")
+    save_image(img, buffer, format="png")
     return buffer.getvalue()
 
 
