@@ -79,7 +79,7 @@ def get_args(argv=None):
         help="no training: the model of --model_path reconstructs an image, or the first 16 of a "
              "folder, in a PNG beside it (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
-        max_device_batch_size=128, base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
+        base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, model_path="vit-t-mae.pth")
     # fmt: on
     return parser.parse(argv, DEMO, "model_path")
@@ -180,11 +180,11 @@ def random_resized_crop(img, draw):
     return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic", "border").clamp(-1, 1)
 
 
-def train_batch(net, optim, images, batch, noise, micro_batch_size, progress, crop=()):
+def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop=()):
     """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
 
-    net is a MAELoss; batch holds indexes [N] and noise is [N,T], on the host; with --augment, crop
-    holds [N,5] for random_resized_crop.
+    net is a MAELoss; scaler a GradScaler, which does nothing but in fp16. batch holds indexes [N]
+    and noise is [N,T], on the host; with --augment, crop holds [N,5] for random_resized_crop.
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
@@ -194,9 +194,10 @@ def train_batch(net, optim, images, batch, noise, micro_batch_size, progress, cr
         if draw:
             img = random_resized_crop(utils.to_float(img), *draw)
         loss = net(img, noise)  # [b]
-        (loss.sum() * weight).backward()
+        scaler.scale(loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
-    optim.step()
+    scaler.step(optim)
+    scaler.update()
 
 
 def main(args):
@@ -205,7 +206,8 @@ def main(args):
     if isinstance(args.mask_ratio, list):
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.setup_seed(args.seed)
-    device = utils.choose_device(args.device)
+    devices = utils.choose_devices(args.device)
+    device = devices[0]
     png_path = os.path.splitext(args.model_path)[0] + ".png"
     utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
     utils.print_facts("arguments", vars(args))
@@ -213,18 +215,22 @@ def main(args):
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
     model = MAE_ViT(**architecture)
     num_patches = len(model.encoder.pos_embedding)
-    if count_visible(num_patches, args.mask_ratio) == num_patches:
+    num_visible = count_visible(num_patches, args.mask_ratio)
+    if num_visible == num_patches:
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
-    activations = model.encoder.pos_embedding.numel()
-    micro_batch_size = utils.choose_micro_batch_size(args, device, activations)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
-    total_images = args.total_epoch * num_images
-    net, chosen = utils.wrap_model(loss, device, args, micro_batch_size, total_images)
+    img = utils.to_float(images[:1]) if args.augment else images[:1]
+    tokens = [1 + num_visible] * args.encoder_layer + [1 + num_patches] * args.decoder_layer
+    net, micro_batch_size, chosen = utils.prepare_model(
+        loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
+        width=args.emb_dim, tokens=tokens, num_images=args.total_epoch * num_images,
+    )  # fmt: skip
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
 
     # The same images and masks at every epoch; spread, as a folder is sorted by class.
     n = min(16, len(dataset.val_images))
@@ -233,7 +239,7 @@ def main(args):
     shown_noise = torch.rand(n, num_patches, generator=rng).to(device)
 
     fingerprint = utils.checksum(*dataset[:4])
-    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, fingerprint)
+    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, scaler, fingerprint)
     utils.describe_run(args, chosen, model, dataset, run.curves.folder)
 
     for epoch in range(run.epoch, args.total_epoch):
@@ -246,7 +252,7 @@ def main(args):
             rng = utils.generator("masks", args.seed, epoch, update)
             noise = torch.rand(len(batch), num_patches, generator=rng)
             crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
-            train_batch(net, optim, images, batch, noise, micro_batch_size, progress, crop)
+            train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop)
         results = progress.mean()
 
         model.eval()
@@ -256,7 +262,7 @@ def main(args):
         run.curves.write(epoch, scalars, {"mae_image": grid})
         utils.print_rank_0(
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-            f"{speed:,.0f} images/s"
+            f"{speed:,.0f} images/s{run.time_left()}"
         )
         if run.end_epoch():
             facts = {"epoch": epoch + 1, "metrics": results, "chosen": chosen}

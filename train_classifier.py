@@ -83,7 +83,7 @@ def get_args(argv=None):
              "(default: train)")
     utils.add_shared_flags(parser, "--output_model_path",
         "scratch-cls, pretrain-cls, probe-cls or eval-cls", seed=2022, batch_size=128,
-        max_device_batch_size=256, base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
+        base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
         warmup_epoch=5, output_model_path="vit-t-classifier-from_scratch.pth")
     # fmt: on
     return parser.parse(argv, DEMO, "output_model_path")
@@ -217,11 +217,12 @@ def draw_recipe(args, batch, num_layer, epoch, update):
 
 
 def train_batch(
-    net, optim, images, labels, batch, micro_batch_size, progress,
+    net, optim, scaler, images, labels, batch, micro_batch_size, progress,
     augment=(), smoothing=0.0, drop=(),
 ):  # fmt: skip
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
 
+    scaler is a GradScaler, which does nothing but in fp16.
     augment is empty or (partners [N], indexes of the images to mix with; random numbers [N,22]);
     drop is empty or (branch_scale [N,num_layer,2],). Both are on the host.
     """
@@ -242,9 +243,10 @@ def train_batch(
             other = cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
             loss = torch.lerp(other, loss, share)
             label = torch.where(share < 0.5, target, label)
-        (loss.sum() * weight).backward()
+        scaler.scale(loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum(), (logits.argmax(-1) == label).sum())
-    optim.step()
+    scaler.step(optim)
+    scaler.update()
 
 
 @torch.no_grad()
@@ -274,12 +276,15 @@ def extract_features(model, precision, micro_batch_size, train_images, *others):
     And the norm that makes them so: a BatchNorm without affine parameters (paper, appendix A.1,
     "Linear probing"), with statistics of all training images rather than of each batch.
     """
-    net = utils.MixedPrecision(model.features, train_images.device, precision)
+    device = train_images.device
+    encoder = copy.deepcopy(model).to(device)
+    encoder.head = torch.nn.Identity()
+    net = utils.Accelerated(encoder, device, precision)
     train, *rest = (
         torch.cat([net(utils.to_float(img)).float() for img in images.split(micro_batch_size)])
         for images in (train_images, *others)
     )
-    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(train.device)
+    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(device)
     norm(train)
     norm.eval()
     return norm, [norm(features) for features in (train, *rest)]
@@ -322,23 +327,30 @@ def draw_confusion(counts, classes):
     return to_tensor(img)
 
 
+def tokens_of_blocks(model):
+    """How many tokens of an image each block of a ViT_Classifier sees, as prepare_model asks."""
+    return [1 + len(model.pos_embedding)] * len(model.transformer)
+
+
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
-    device = utils.choose_device(args.device)
+    devices = utils.choose_devices(args.device)
     png_path = os.path.splitext(args.eval)[0] + "-confusion.png"
     model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     utils.check_outputs(png_path)
     args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
-    dataset = utils.load_dataset(args, device)
+    dataset = utils.load_dataset(args, devices[0])
     k = architecture["num_classes"]
     classes = content.get("classes") or dataset.classes  # the source's files do not name them
     if classes != dataset.classes or k != len(classes):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    micro_batch_size = utils.choose_micro_batch_size(args, device, model.pos_embedding.numel())
-    net, _ = utils.wrap_model(model.eval(), device, args, micro_batch_size, 0)
     images = dataset.val_images
+    net, micro_batch_size, _ = utils.prepare_model(
+        model.eval(), devices, args, example=[utils.to_float(images[:1])],
+        width=architecture["emb_dim"], tokens=tokens_of_blocks(model), num_images=0,
+    )  # fmt: skip
     loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
     counts = (true * k + predicted).cpu().bincount(minlength=k * k)  # [i * k + j]: i taken for j
     counts = utils.reduce_over_processes(counts).view(k, k)
@@ -377,7 +389,8 @@ def main(args):
             "--drop_path and --layer_decay"
         )
     utils.setup_seed(args.seed)
-    device = utils.choose_device(args.device)
+    devices = utils.choose_devices(args.device)
+    device = devices[0]
     utils.check_outputs(args.output_model_path, utils.state_path(args.output_model_path))
 
     encoder, architecture = get_encoder(args)
@@ -390,23 +403,28 @@ def main(args):
     images, labels, val_images, val_labels, classes = dataset
     architecture["num_classes"] = len(classes)
     model = ViT_Classifier(encoder, len(classes))
-    micro_batch_size = utils.choose_micro_batch_size(args, device, model.pos_embedding.numel())
-    total_images = args.total_epoch * len(images)
     name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
-    groups = parameter_groups(model, args.layer_decay)
-    net, chosen = utils.wrap_model(model, device, args, micro_batch_size, total_images)
+    groups, trained = parameter_groups(model, args.layer_decay), model
+    example = [utils.to_float(images[:1])]
+    if args.drop_path:
+        example.append(torch.ones(1, args.encoder_layer, 2, device=device))
     if args.linear_probe:
-        name, groups = "probe-cls", model.head.parameters()
-        net, chosen = utils.wrap_model(model.head, device, args, micro_batch_size, total_images)
+        name, groups, trained = "probe-cls", model.head.parameters(), model.head
+        example = [torch.zeros(1, args.emb_dim, device=device)]
+    net, micro_batch_size, chosen = utils.prepare_model(
+        trained, devices, args, example, width=args.emb_dim, tokens=tokens_of_blocks(model),
+        num_images=args.total_epoch * len(images),
+    )  # fmt: skip
     optim = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
 
-    run = utils.Run(args, name, args.output_model_path, model, optim, fingerprint)
+    run = utils.Run(args, name, args.output_model_path, model, optim, scaler, fingerprint)
     utils.describe_run(args, chosen, model, dataset, run.curves.folder)
     if args.linear_probe:  # now, as a resumed run has the encoder from its state
         norm, (images, val_images, test_images) = extract_features(
-            model, chosen["precision"], micro_batch_size, images, val_images, test_images
+            model, chosen["precision"], chosen["micro-batch"], images, val_images, test_images
         )
 
     for epoch in range(run.epoch, args.total_epoch):
@@ -416,7 +434,9 @@ def main(args):
         progress = run.start_epoch(device, ["loss", "acc"], len(images))
         for update, batch in run.updates(order.split(args.batch_size)):
             recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
-            train_batch(net, optim, images, labels, batch, micro_batch_size, progress, **recipe)
+            train_batch(
+                net, optim, scaler, images, labels, batch, micro_batch_size, progress, **recipe
+            )
         train = progress.mean()
 
         model.eval()
@@ -427,7 +447,7 @@ def main(args):
         utils.print_rank_0(
             f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
             f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-            f"lr {lr:.2e}, {speed:,.0f} images/s"
+            f"lr {lr:.2e}, {speed:,.0f} images/s{run.time_left()}"
         )
         best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
         results = {"epoch": epoch + 1, **val}

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -93,7 +94,7 @@ def one_line_errors():
         if isinstance(error, (InputError, SizeError)):
             message = error
         elif isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
-            message = InputError(f"another process has failed or cannot be reached: {error}")
+            message = InputError(f"another process has failed or has the same GPU: {error}")
         elif world_size() == 1:
             raise
         else:
@@ -192,12 +193,13 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
         help="largest micro-batch: images on one device in one forward and backward pass; "
-             "gradients of larger batches are accumulated, so the result does not depend on it")
+             "gradients of larger batches are accumulated, so the result does not depend on it "
+             "(default: chosen for the device; the source has 128 in pretraining, else 256)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: cuda where there is a GPU that works")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="precision of matrix products; weights stay fp32; "
-             "auto: bf16 where the hardware computes it natively")
+    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="precision of matrix products; weights stay fp32; auto: bf16 where the hardware "
+             "computes it natively, else fp16 on a GPU that is fast in it, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the model (default: on one GPU, from 3 million images on, if it works)")
     add = parser.add_argument_group("output").add_argument
@@ -273,143 +275,178 @@ def check_same_settings(**settings):
 
 
 # ------------------------------------------------------------------------ device and precision
-# Where and how the model runs; main calls choose_*, wrap_model and micro_batches.
+# Where and how the model runs: main calls choose_devices and prepare_model, then micro_batches.
 
 
-def choose_device(name):
-    """auto, cpu or cuda -> torch.device. Raises InputError if cuda does not work; auto warns."""
-    gpus = torch.cuda.device_count()
-    index = int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
-    if 0 < gpus <= index and name != "cpu":
-        raise InputError(f"--nproc_per_node is above the number of GPUs of this machine, {gpus}")
-    if name == "cuda" or (name == "auto" and gpus):
+def choose_devices(name):
+    """auto, cpu or cuda -> the devices to train on: the GPUs that work, or the CPU.
+
+    Under torchrun each process takes one. GPUs that fail are left out, with a warning. Raises
+    InputError if cuda is asked for and none works.
+    """
+    if name == "cpu":
+        return [torch.device("cpu")]
+    count, gpus, failures = torch.cuda.device_count(), [], []
+    one_each = world_size() > 1 and count > 1  # Slurm may show each task its own GPU only
+    for i in [int(os.environ["LOCAL_RANK"])] if one_each else range(max(count, 1)):
+        if i >= count > 0:
+            raise InputError(f"--nproc_per_node is above the number of GPUs here, {count}")
         try:
-            for i in [index] if world_size() > 1 else range(max(gpus, 1)):
-                torch.ones(1, device=f"cuda:{i}").add(1).item()  # a driver or GPU may be too old
-            torch.cuda.set_device(index)
-            return torch.device("cuda", index)
+            torch.ones(1, device=f"cuda:{i}").add(1).item()  # a driver or GPU may be too old
+            gpus.append(torch.device("cuda", i))
         except Exception as error:
-            if name == "cuda":
-                raise InputError(f"GPU {i} fails ({reason(error)}): use --device cpu") from error
-            tqdm.write(f"warning: GPU {i} fails ({reason(error)}): using the CPU", file=sys.stderr)
-    keep_freed_memory()
-    return torch.device("cpu")
+            failures.append(f"GPU {i} fails ({reason(error)})")
+    remedy = "install a newer NVIDIA driver, or the PyTorch for this GPU from pytorch.org"
+    if name == "cuda" and not gpus:
+        raise InputError(f"{failures[0]}: use --device cpu, or {remedy}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if count or (not hidden and subprocess.getstatusoutput("nvidia-smi")[0] == 0):
+        rest = "left out" if gpus else f"using the CPU; to use the GPU, {remedy}"
+        print("".join(f"warning: {x}: {rest}\n" for x in failures), end="", file=sys.stderr)
+    return gpus or [torch.device("cpu")]
 
 
-def training_gpus(device):
-    """The indexes of the GPUs that this process trains on: torchrun starts a process for each."""
-    gpus = range(torch.cuda.device_count()) if world_size() == 1 else [device.index]
-    return [*gpus] if device.type == "cuda" else []
-
-
-def keep_freed_memory():
-    """Let glibc keep the pages of freed tensors: mapping them anew costs a third of the time."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
-        libc = ctypes.CDLL(None)
-        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
-            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def choose_precision(name, device):
-    """auto, fp32 or bf16 -> fp32 or bf16: bf16 where the hardware multiplies in it natively."""
+def choose_precision(name, devices):
+    """auto, fp32, fp16 or bf16 -> not auto, but what all of the devices multiply in natively."""
     if name != "auto":
         return name
-    if gpus := training_gpus(device):
-        native = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in gpus)
-    else:
-        flags = ""
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-            flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
-        native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+    if devices[0].type == "cuda":
+        oldest = min(torch.cuda.get_device_capability(device) for device in devices)
+        return "bf16" if oldest >= (8, 0) else "fp16" if oldest >= (7, 0) else "fp32"
+    flags = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
+        flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
+    native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
     return "bf16" if native else "fp32"
 
 
-class MixedPrecision(torch.nn.Module):
-    """Autocast around a module, which is compiled for inputs of one batch size if one is given.
+def choose_micro_batch_size(share, limit, precision, width, tokens, free_bytes=None):
+    """Images of a micro-batch on each device: as few and as equal ones as memory allows.
 
-    Other sizes run uncompiled: each takes long to compile. If compilation fails, all of them do,
-    after a warning; with must_compile it is an InputError. Autocast is entered in here, as the
+    share: images of a batch for each device. limit: --max_device_batch_size or None. tokens: of an
+    image, how many each Transformer block sees. free_bytes: a GPU's memory; None for a CPU.
+    """
+    if free_bytes is None:
+        largest = limit or 128
+        if precision == "fp32":  # more is no faster there
+            largest = min(largest, max(1, 3 * 2**20 // (width * (max(tokens) - 1))))
+    else:  # a power of two divides most batches evenly, and only one size is compiled
+        image_bytes = (70 if precision == "fp32" else 40) * width * sum(tokens)  # as measured
+        fitting = max(1, int(0.6 * free_bytes / image_bytes))
+        largest = limit or min(1024, 2 ** int(math.log2(fitting)))
+    return math.ceil(share / math.ceil(share / largest))
+
+
+def configure_process(device, threads):
+    """Set what holds for the whole process: current GPU and exact fp32, or threads and malloc.
+
+    glibc keeps the pages of freed tensors: mapping them anew costs a third of a CPU's time.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
+        torch.backends.cudnn.allow_tf32 = False
+        return
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+class Accelerated(torch.nn.Module):
+    """A module under autocast, with fast attention, and compiled for inputs of `compiled_size`.
+
+    Other sizes run uncompiled: each takes long to compile. Autocast is entered in here, as the
     threads of DataParallel do not inherit it.
     """
 
-    def __init__(self, module, device, precision, compiled_size=None, must_compile=False):
+    def __init__(self, module, device, precision, compile=False):
         super().__init__()
-        self.module, self.compiled_size, self.must_compile = module, compiled_size, must_compile
-        self.device_type, self.bf16, self.compiled = device.type, precision == "bf16", None
+        self.module, self.device_type, self.precision = module, device.type, precision
+        self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True) if compile else None
+        self.compiled_size = None
+        for layer in module.modules():
+            if hasattr(layer, "fused_attn"):  # timm's: PyTorch's is slow in 16 bits on a CPU
+                layer.fused_attn = device.type == "cuda" or precision == "fp32"
 
     def run(self, *inputs):
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device_type, dtype, enabled=self.precision != "fp32"):
             return self.module(*inputs)
 
     def forward(self, *inputs):
         if len(inputs[0]) == 0:  # an empty shard, for which some attention kernels fail
             return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
-        if len(inputs[0]) == self.compiled_size:
-            try:
-                return self.run_compiled(*inputs)
-            except InputError:
-                raise
-            except Exception as error:  # no compiler, an old GPU, Windows, ...
-                if self.must_compile:
-                    raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
-                print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
-                self.compiled_size = None
-        return self.run(*inputs)
-
-    @memory_for()
-    def run_compiled(self, *inputs):
-        if not self.compiled:
-            self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True)
-            with torch.enable_grad():  # the first backward pass compiles, too: let it fail here
-                loss = self.compiled(*inputs).sum()
-                torch.autograd.grad(loss, [*self.parameters()], allow_unused=True)
-        return self.compiled(*inputs)
+        return (self.compiled if len(inputs[0]) == self.compiled_size else self.run)(*inputs)
 
 
-def wrap_model(module, device, args, micro_batch_size, num_images):
-    """Move to the device; wrap in autocast, torch.compile, DDP or DataParallel.
+def prepare_model(module, devices, args, example, width, tokens, num_images):
+    """Make a module, and the process, ready for training or, in eval mode, for evaluation.
 
-    num_images is the number of images that the run trains on, over all its epochs: by default a
-    long run is compiled. -> what to call, {"device", "precision", "compile"}. The module is moved
-    in place; its state_dict, without any prefix, is the one to save.
+    Moves it in place: its own state_dict, without any prefix, is the one to save. Wraps it for
+    autocast, torch.compile, DDP or DataParallel, and tries a micro-batch. example: inputs for an
+    image, [1,...] each. width, tokens: see choose_micro_batch_size. num_images: of all epochs.
+    -> what to call, images of a micro-batch on all devices, {"device", "precision", ...}.
     """
-    module.to(device)
-    gpus = len(training_gpus(device))
-    precision = choose_precision(args.precision, device)
-    pays = gpus == 1 and num_images / world_size() >= 3_000_000
-    compiled = gpus <= 1 and (pays if args.compile is None else args.compile)
-    if gpus:
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for
-    for layer in module.modules():
-        if hasattr(layer, "fused_attn"):  # timm's Attention: PyTorch's is slow in bf16 on a CPU
-            layer.fused_attn = gpus > 0 or precision == "fp32"
-    net = MixedPrecision(module, device, precision, compiled and micro_batch_size, args.compile)
-    name = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "CPU"
+    device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
+    on_gpu, name, free = device.type == "cuda", "CPU", None
+    if on_gpu:
+        name = f"{n} x {torch.cuda.get_device_name(device)}"
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices)
     if world_size() > 1:
-        check_same_settings(device=device.type, precision=precision)
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
-    elif gpus > 1:
-        net = DataParallel(net)
-        command = f"torchrun --standalone --nproc_per_node={gpus} {shlex.join(sys.argv)}"
-        print_rank_0(f"DataParallel on {gpus} GPUs, uncompiled; this is faster: {command}")
-    return net, {"device": name, "precision": precision, "compile": compiled}
+        check_same_settings(device=device.type, precision=precision)
+    command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
+    if n > 1 and args.compile:
+        raise InputError(f"--compile takes a process for each GPU: {command}")
+    pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
+    compile = pays if args.compile is None else args.compile
+    share, limit = math.ceil(args.batch_size / (n * world_size())), args.max_device_batch_size
+    size = choose_micro_batch_size(share, limit, precision, width, tokens, free)
+    # A thread with less to do would wait longer than it works.
+    configure_process(device, threads=max(1, size * width * (max(tokens) - 1) // 2**16))
+    net = accelerated = Accelerated(module.to(device), device, precision, compile)
+    if n > 1:
+        net = DataParallel(net, devices)
+        print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
+    if on_gpu or compile:
+        size = try_micro_batch(net, accelerated, example, size, n, args.compile)
+    if world_size() > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    facts = {"device": name, "precision": precision, "compile": bool(accelerated.compiled)}
+    return net, size * n, facts | {"micro-batch": size}
 
 
-def choose_micro_batch_size(args, device, activations):
-    """Images per micro-batch: as few and equal micro-batches as --max_device_batch_size allows.
+def try_micro_batch(net, accelerated, example, size, n, must_compile):
+    """A forward and, in training, a backward pass of `size` images on each of n devices.
 
-    activations: number of patches of an image times width. On a CPU also choose how many threads.
+    -> the size, halved until it fits into the memory of every process. What does not compile
+    stays uncompiled, with a warning, unless it must. Neither weights nor gradients change.
     """
-    largest = args.max_device_batch_size * max(1, len(training_gpus(device)))
-    if device.type == "cpu" and choose_precision(args.precision, device) == "fp32":
-        largest = min(largest, max(1, 3 * 2**20 // activations))  # more is no faster there
-    size = max(1, len(shard(torch.empty(args.batch_size, device="meta"))))
-    size = math.ceil(size / math.ceil(size / largest))
-    if device.type == "cpu":  # a thread with less to do would wait longer than it works
-        threads = max(1, size * activations // 2**16)
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    while True:
+        torch.cuda.empty_cache()
+        accelerated.compiled_size = accelerated.compiled and size
+        try:
+            with memory_for(), torch.set_grad_enabled(accelerated.module.training):
+                output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
+                if output.requires_grad:
+                    torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+            break
+        except InputError:  # too little memory
+            if size == 1:
+                raise
+            size //= 2
+        except Exception as error:  # no compiler, an old GPU, Windows, ...
+            if not accelerated.compiled:
+                raise
+            if must_compile:
+                raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
+            print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
+            accelerated.compiled = None
+    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
+    accelerated.compiled_size = accelerated.compiled and size
     return size
 
 
@@ -987,6 +1024,13 @@ class Progress:
         return {name: x / num_images for name, x in zip(self.names, sums, strict=True)}
 
 
+def in_words(seconds):
+    """A duration, as short as it can be told: 40 s, 5 min, 2 h 10 min or 13 days."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    short = f"{minutes} min" if hours or minutes > 1 else f"{seconds:.0f} s"
+    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours} h {short}" if hours else short
+
+
 def print_facts(title, facts):
     print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in facts.items())}")
 
@@ -1067,8 +1111,9 @@ class Run:
     update (see `generator`): weights, optimizer, two counters, the sums of the current epoch.
     """
 
-    def __init__(self, args, name, model_path, model, optim, fingerprint):
-        self.args, self.model, self.optim, self.fingerprint = args, model, optim, fingerprint
+    def __init__(self, args, name, model_path, model, optim, scaler, fingerprint):
+        self.args, self.fingerprint = args, fingerprint
+        self.model, self.optim, self.scaler = model, optim, scaler
         self.path, folder = state_path(model_path), None
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.files = {}  # path -> bytes of model files to write with the next state
@@ -1094,6 +1139,7 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optim.load_state_dict(state["optim"])
+            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
             for parameter, values in self.optim.state.items():
                 for x in (values["exp_avg"], values["exp_avg_sq"]):
                     if x.shape != parameter.shape or not x.is_contiguous():
@@ -1132,7 +1178,15 @@ class Run:
             self.check_finite(self.progress.host_sums)
             if self.save_is_due(60 * self.args.save_minutes):
                 self.save()
-        self.check_finite(self.progress.sums)  # those of the last update, too
+        self.check_finite(self.progress.sums, scale=self.scaler.get_scale())  # of the last, too
+
+    def time_left(self):
+        """What the rest of the run takes at the pace of this epoch: ", 2 h 10 min left"."""
+        progress, seconds = self.progress, time.perf_counter() - self.progress.start
+        share = 1 - progress.images_before / progress.bar.total  # of the epoch, if it was resumed
+        if not share:
+            return ""
+        return f", {in_words(seconds / share * (self.args.total_epoch - self.epoch - 1))} left"
 
     def end_epoch(self):
         """Note that an epoch is done. True if the caller is to save its results now.
@@ -1173,6 +1227,7 @@ class Run:
             "results": self.results,
             "model": self.model.state_dict(),
             "optim": self.optim.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "fingerprint": self.fingerprint,
             "folder": self.curves.folder,
         }
@@ -1192,8 +1247,9 @@ class Run:
                 break
             del self.files[path]
 
-    def check_finite(self, *tensors):
-        if not all(tensor.isfinite().all() for tensor in tensors):
+    def check_finite(self, *tensors, scale=1.0):
+        """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
+        if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             raise InputError(
                 f"loss or weights are not finite after {self.epoch} epochs, {self.update} updates, "
                 f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
