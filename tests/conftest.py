@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
 
 import mae_pretrain
 import train_classifier
@@ -49,29 +50,37 @@ def empty_folder(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def without_tf32(monkeypatch):
-    torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+class GPUs(TorchFunctionMode):
+    """The CPU computes what is asked of these GPUs; of others, {index: message}, it is an error."""
+
+    def __init__(self, failing=()):
+        super().__init__()
+        self.failing = dict(failing)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name, _, index = str(kwargs.get("device")).partition(":")
+        if name == "cuda":
+            if int(index) in self.failing:
+                raise RuntimeError(self.failing[int(index)])
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
 
 
-def as_on_gpus(monkeypatch, *indexes):
-    """The CPU passes as these GPUs, in exact fp32."""
-    without_tf32(monkeypatch)
-    monkeypatch.setattr(utils, "training_gpus", lambda _: list(indexes))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+def compiled_by_default(monkeypatch):
+    """--compile is taken as the default of a long run on a GPU: a wish, not a demand."""
+    try_micro_batch = utils.try_micro_batch
+    wish = lambda *args: try_micro_batch(*args[:-1], must_compile=None)  # noqa: E731
+    monkeypatch.setattr(utils, "try_micro_batch", wish)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request, monkeypatch):
-    """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`.
-
-    On the first GPU, in exact fp32: the rounding of TF32 would hide what a test looks for.
-    """
+    """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU that PyTorch can use")
-        without_tf32(monkeypatch)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return request.param
 
 

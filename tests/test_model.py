@@ -150,7 +150,7 @@ def test_loss_is_the_mean_over_hidden_pixels(norm_pix_loss):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-3)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("fp16", 3e-4), ("bf16", 2e-3)])
 def test_loss_and_gradients_against_float64(precision, tolerance, norm_pix_loss, device):
     torch.manual_seed(0)
     loss = MAELoss(MAE_ViT(**TINY), 4, norm_pix_loss)
@@ -163,7 +163,7 @@ def test_loss_and_gradients_against_float64(precision, tolerance, norm_pix_loss,
         pixels = (pixels - mean) / std
     expected = ((predicted_img - pixels) ** 2)[mask == 1].view(9, -1).mean(1)
     expected.mean().backward()
-    net = utils.MixedPrecision(loss.to(device), torch.device(device), precision)
+    net = utils.Accelerated(loss.to(device), torch.device(device), precision)
     found = net(img.to(device), noise.to(device))
     found.mean().backward()
     torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=0)

@@ -20,7 +20,7 @@ from conftest import (
     CLASSIFY,
     PRETRAIN,
     REPOSITORY,
-    as_on_gpus,
+    classify,
     few_shapes,
     free_port,
     new_process,
@@ -60,6 +60,18 @@ CURVES = {
 }
 
 
+def no_more_than(room):
+    """An Accelerated.run that has memory for so many images only."""
+    run = utils.Accelerated.run
+
+    def with_little_memory(self, *inputs):
+        if len(inputs[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, *inputs)
+
+    return with_little_memory
+
+
 class CountingDDP(DistributedDataParallel):
     """Notes the bytes of gradients that are exchanged in every update."""
 
@@ -75,10 +87,11 @@ class CountingDDP(DistributedDataParallel):
         return allreduce_hook(None, bucket)
 
 
-def body(script, flags, folder, environment, stop_at, spoil_at, bug_at, hang):
+def body(script, flags, folder, environment, stop_at, spoil_at, bug_at, hang, room):
     """What a process does. In those updates process 1 gets a SIGTERM, an infinite sum, a bug.
 
-    A process notes that it destroys its process group, which takes process 1 `hang` seconds.
+    A process notes that it destroys its process group, which takes process 1 `hang` seconds. More
+    images at once than it has room for do not fit into the memory of process 1.
     """
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
@@ -89,6 +102,9 @@ def body(script, flags, folder, environment, stop_at, spoil_at, bug_at, hang):
     utils.read_shapes = few_shapes
     utils.DistributedDataParallel = CountingDDP
     torch.set_num_threads(1)
+    torch.compile = lambda function, **_: function
+    if environment["RANK"] == "1" and room:
+        utils.Accelerated.run = no_more_than(room)
     end_update, seen = utils.Progress.end_update, []
     destroy = torch.distributed.destroy_process_group
 
@@ -116,7 +132,9 @@ def body(script, flags, folder, environment, stop_at, spoil_at, bug_at, hang):
         module.main(module.get_args(flags))
 
 
-def train(script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, hang=0, flags_of_last=()):
+def train(
+    script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, hang=0, room=0, flags_of_last=()
+):  # fmt: skip
     """Run a script in n processes -> their exit statuses."""
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
@@ -124,7 +142,7 @@ def train(script, flags, folder, n=1, stop_at=0, spoil_at=0, bug_at=0, hang=0, f
         own = [*flags, *(flags_of_last if i == n - 1 else ())]
         environment = shared | {"RANK": str(i), "LOCAL_RANK": str(i)}
         args = script, own, os.path.abspath(folder), environment
-        started.append(new_process(body, *args, stop_at, spoil_at, bug_at, hang))
+        started.append(new_process(body, *args, stop_at, spoil_at, bug_at, hang, room))
     ended = statuses(started, timeout=100)
     # Whatever ended a process, it has destroyed its process group.
     assert n == 1 or all(os.path.exists(f"{folder}/destroyed-{i}") for i in range(n))
@@ -182,6 +200,14 @@ def test_saved_by_two_processes_and_resumed_by_three_and_by_one(script):
         assert (state["epoch"], state["update"]) == (1, 3)
         assert train(script, [*flags, "--resume"], folder, n) == [0] * n, output(folder)
         same_run(script, folder, "whole")
+
+
+def test_all_processes_take_the_micro_batch_of_the_one_with_the_least_memory():
+    flags = [*SCRIPTS["mae_pretrain"], "--max_device_batch_size", "8", "--compile"]
+    assert train("mae_pretrain", flags, "one") == [0]
+    assert train("mae_pretrain", flags, "two", 2, room=3) == [0, 0], output("two", 1)
+    assert "micro-batch 6\n" in output("one") and "micro-batch 2\n" in output("two")
+    same_run("mae_pretrain", "two", "one")
 
 
 def test_processes_with_other_flags_are_refused():
@@ -414,12 +440,12 @@ class OnCPU(DataParallel):
         return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_data_parallel_replicas(precision):
     """The real DataParallel.forward; what copies between GPUs is replaced by copies on the CPU."""
     torch.manual_seed(0)
     loss = mae_pretrain.MAELoss(MAE_ViT(32, 8, 24, 1, 3, 1, 3), patch_size=8)
-    net = utils.MixedPrecision(loss, torch.device("cpu"), precision)
+    net = utils.Accelerated(loss, torch.device("cpu"), precision)
     images, noise = few_shapes().train_images[:9], torch.rand(9, 16)
     gradients, seen = [], []
     layer = loss.model.encoder.transformer[0].mlp.fc1
@@ -430,31 +456,73 @@ def test_data_parallel_replicas(precision):
         result = each(images, noise)  # [9]
         result.sum().backward()
         gradients.append([result, *(p.grad.clone() for p in loss.parameters())])
-        assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] * calls
+        types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        assert seen == [types[precision]] * calls
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 if precision == "fp32" else 2e-2)
 
 
-def test_several_gpus_in_one_process(monkeypatch, capsys):
-    """Two GPUs, of which one has no bf16; the CPU computes in their place."""
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """-> a function: from its call on there are two GPUs, of which the CPU takes the place."""
+
+    def begin():
+        monkeypatch.setattr(utils, "choose_devices", lambda _: [torch.device("cpu")] * 2)
+        monkeypatch.setattr(utils, "DataParallel", lambda net, devices: OnCPU(net))
+        monkeypatch.setattr("sys.argv", ["mae_pretrain.py", "--batch_size", "25"])
+
+    return begin
+
+
+COMMAND = "torchrun --standalone --nproc_per_node=2 mae_pretrain.py --batch_size 25"
+
+
+def test_several_gpus_in_one_process(two_gpus, capsys, monkeypatch):
     pretrain("--model_path", "cpu.pth")
-    capsys.readouterr()
-    as_on_gpus(monkeypatch, 0, 1)
-    monkeypatch.setattr(utils, "DataParallel", OnCPU)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (7, 5)][i])
-    monkeypatch.setattr("sys.argv", ["mae_pretrain.py", "--batch_size", "25"])
-    pretrain("--precision", "auto", "--compile")
+    sizes, micro_batches = [], utils.micro_batches
+
+    def noting(net, size, *args):
+        sizes.append(size)
+        return micro_batches(net, size, *args)
+
+    monkeypatch.setattr(utils, "micro_batches", noting)
+    two_gpus()
+    pretrain()
     lines = [line for line in capsys.readouterr().out.splitlines() if "torchrun" in line]
     assert len(lines) == 1 and "DataParallel on 2 GPUs, uncompiled" in lines[0]
-    command = "torchrun --standalone --nproc_per_node=2 mae_pretrain.py --batch_size 25"
-    assert lines[0].endswith(command)
-    chosen = {"device": "2 x GPU", "precision": "fp32", "compile": False}
-    assert read("vit-t-mae.pth")["chosen"] == chosen
+    assert lines[0].endswith(COMMAND)
+    # 25 images are 13 for each GPU; the limit of 16 is that of a GPU.
+    assert set(sizes) == {26} and read("vit-t-mae.pth")["chosen"]["micro-batch"] == 13
     same_weights("vit-t-mae.pth", "cpu.pth", 1e-6)
 
 
+def test_several_gpus_in_one_process_do_not_compile(two_gpus):
+    two_gpus()
+    with pytest.raises(utils.InputError, match=f"--compile takes a process for .*{COMMAND}"):
+        pretrain("--compile")
+    assert os.listdir() == []
+
+
+def test_classifiers_on_several_gpus_in_one_process(two_gpus, capsys):
+    pretrain()
+    probe = ["--linear_probe", "--pretrained_model_path", "vit-t-mae.pth"]
+    recipe = ["--augment", "--drop_path", "0.2", "--layer_decay", "0.8", "--holdout", "5"]
+    for name in ("one", "two"):
+        classify(*probe, "--output_model_path", f"probe-{name}.pth")
+        classify(*recipe, "--output_model_path", f"recipe-{name}.pth")
+        two_gpus()
+    for kind in ("probe", "recipe"):
+        same_weights(f"{kind}-two.pth", f"{kind}-one.pth", 1e-6)
+    capsys.readouterr()
+    evaluate = ["--eval", "probe-two.pth", "--dataset", "shapes", "--precision", "fp32"]
+    train_classifier.main(train_classifier.get_args(evaluate))
+    out, acc = capsys.readouterr().out, read("probe-two.pth")["metrics"]["val"]["acc"]
+    assert "DataParallel on 2" in out and f"accuracy on 37 validation images: {acc:.2%}" in out
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_update_on_a_gpu_waits_for_nothing(script, device, monkeypatch):
+def test_an_update_on_a_gpu_waits_for_nothing(script, precision, device, monkeypatch):
     """Where the host asks for a value, for which it has to wait, both of these raise an error.
 
     On a GPU it is PyTorch that looks for it. On a CPU, tensors that have a device and a shape, but
@@ -488,8 +556,10 @@ def test_an_update_on_a_gpu_waits_for_nothing(script, device, monkeypatch):
             drop = train_classifier.branch_scale(25, 2, 0.1, None)
             inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), 0.1, (drop,))
             train_batch = train_classifier.train_batch
-        net = utils.MixedPrecision(module, cuda, "fp32" if stands_in else "bf16")
+        net = utils.Accelerated(module, cuda, "fp32" if stands_in else precision)
         optim = torch.optim.AdamW(module.parameters(), fused=not stands_in)
+        fp16 = precision == "fp16" and not stands_in
+        scaler = torch.amp.GradScaler("cuda", enabled=fp16)
 
         def backward(loss):
             assert loss.device.type == "cuda" and loss.requires_grad
@@ -499,12 +569,12 @@ def test_an_update_on_a_gpu_waits_for_nothing(script, device, monkeypatch):
         if stands_in:
             monkeypatch.setattr(torch.Tensor, "backward", backward)
         else:
-            train_batch(net, optim, *inputs, 7, progress, *more)  # the first may wait
+            train_batch(net, optim, scaler, *inputs, 7, progress, *more)  # the first may wait
             progress.end_update()
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            train_batch(net, optim, *inputs, 7, progress, *more)
+            train_batch(net, optim, scaler, *inputs, 7, progress, *more)
             if not stands_in:
                 progress.end_update()
             with pytest.raises(DataDependentOutputException if stands_in else RuntimeError):

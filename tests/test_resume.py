@@ -1,6 +1,7 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -127,7 +128,7 @@ def steps_in_tensorboard(folder, load_fast):
 def test_killed_ten_times_ends_as_if_undisturbed(script):
     name, log = SCRIPTS[script]
     flags = PRETRAIN if script == "mae_pretrain" else CLASSIFY
-    flags = [*flags, *"--total_epoch 30 --batch_size 4 --save_minutes 0.0005".split()]
+    flags = [*flags, *"--total_epoch 60 --batch_size 4 --save_minutes 0.0005".split()]
     for folder in ("undisturbed", "killed"):
         os.mkdir(folder)
     assert finish(script, flags, "undisturbed") == 0
@@ -154,13 +155,13 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     same_weights(f"killed/{name}.pth", f"undisturbed/{name}.pth")
     folders = [f"{folder}/logs/shapes/{log}" for folder in ("killed", "undisturbed")]
     assert curves(folders[0]) == curves(folders[1])
-    all_steps_once(folders[0], 30)
+    all_steps_once(folders[0], 60)
     load_fast = "true" if script == "mae_pretrain" else "false"  # TensorBoard has two readers
     shown = steps_in_tensorboard("killed/logs/shapes", load_fast)
     parts = {os.path.normpath(os.path.join(log, part)) for part, _ in curves(folders[0])}
     assert {run for run, _ in shown} == parts
     for curve, steps in shown.items():
-        assert steps == list(range(30)), curve
+        assert steps == list(range(60)), curve
     results = [read(f"{f}/{name}.state.pth")["results"] for f in ("killed", "undisturbed")]
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     leftover = {"vit-t-mae.png"} if script == "mae_pretrain" else set()
@@ -551,3 +552,65 @@ def test_curves_go_on_in_their_folder(capsys):
     classify("--resume", "--log_dir", "logs")
     assert os.listdir("logs/shapes") == ["scratch-cls"]
     assert [step for step, _ in scalars("logs/shapes/scratch-cls", "lr")] == [0, 1]
+
+
+FP16 = ["--precision", "fp16", "--total_epoch", "3"]
+
+
+def scales(monkeypatch, start):
+    """fp16 begins with this scale -> a list of its later values, one for each update."""
+    found, update = [], torch.amp.GradScaler.update
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=start, growth_interval=2)
+
+    def noting(self):
+        update(self)
+        found.append(self.get_scale())
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", noting)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    return found
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_stopped_in_fp16_goes_on_with_the_scale(script, at, monkeypatch):
+    """From a scale at which gradients overflow: those updates are left out, and it is halved."""
+    found = scales(monkeypatch, 2.0**24)
+    name = "vit-t-mae" if script is pretrain else "cls"
+    script(*FP16)
+    os.rename(f"{name}.pth", "whole.pth")
+    whole, results = list(found), read(f"{name}.state.pth")["results"]
+    assert whole[0] == 2.0**23 and max(whole) > min(whole) and len(whole) == 9
+    found.clear()
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, at):
+        script(*FP16)
+    assert read(f"{name}.state.pth")["scaler"]["scale"] == whole[at - 1]
+    script("--resume", *FP16)
+    assert found == whole
+    same_weights(f"{name}.pth", "whole.pth")
+    assert read(f"{name}.state.pth")["results"] == results
+
+
+def test_precision_may_change_to_and_from_fp16():
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
+        pretrain(*FP16)
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
+        pretrain("--resume", *FP16, "--precision", "fp32")
+    assert read("vit-t-mae.state.pth")["scaler"] == {}
+    pretrain("--resume", *FP16)
+    assert read("vit-t-mae.state.pth")["scaler"]["scale"] > 1
+
+
+def test_a_scale_that_keeps_falling_is_a_loss_that_is_not_finite(monkeypatch):
+    found = scales(monkeypatch, 2.0**10)
+    check = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def overflow(gradients, found_inf, inv_scale):
+        check(gradients, found_inf, inv_scale)
+        found_inf.fill_(1.0)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", overflow)
+    with pytest.raises(utils.InputError, match="not finite after 3 epochs, 3 .*--precision fp32"):
+        pretrain("--precision", "fp16", "--total_epoch", "9")
+    assert found == [2.0 ** (9 - i) for i in range(12)]
+    assert read("vit-t-mae.state.pth")["epoch"] == 3

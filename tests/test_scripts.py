@@ -16,8 +16,9 @@ from conftest import (
     REPOSITORY,
     TESTS,
     TOLERANCE,
-    as_on_gpus,
+    GPUs,
     classify,
+    compiled_by_default,
     events,
     new_process,
     pretrain,
@@ -29,7 +30,6 @@ from conftest import (
 from PIL import Image
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import compile_fx
-from torch.overrides import TorchFunctionMode
 
 import mae_pretrain
 import train_classifier
@@ -226,12 +226,12 @@ def test_demo_sets_defaults_and_flags_win():
     assert args.dataset == "shapes" and args.total_epoch == 3
     assert args.batch_size == mae_pretrain.DEMO["batch_size"]
     args = mae_pretrain.get_args([])
-    assert (args.seed, args.batch_size, args.max_device_batch_size) == (42, 4096, 128)
+    assert (args.seed, args.batch_size, args.max_device_batch_size) == (42, 4096, None)
     assert (args.base_learning_rate, args.weight_decay, args.mask_ratio) == (1.5e-4, 0.05, 0.75)
     assert (args.total_epoch, args.warmup_epoch) == (2000, 200)
     assert args.model_path == "vit-t-mae.pth" and args.dataset == "cifar10"
     args = train_classifier.get_args([])
-    assert (args.seed, args.batch_size, args.max_device_batch_size) == (2022, 128, 256)
+    assert (args.seed, args.batch_size, args.max_device_batch_size) == (2022, 128, None)
     assert (args.base_learning_rate, args.weight_decay) == (1e-3, 0.05)
     assert (args.total_epoch, args.warmup_epoch, args.pretrained_model_path) == (100, 5, None)
     assert args.output_model_path == "vit-t-classifier-from_scratch.pth"
@@ -308,16 +308,81 @@ def test_help_is_quick_and_threads_spin_briefly(script, user, spins, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("activations", "micro_batch", "threads"),
-    [(256 * 192, 64, 8), (64 * 128, 128, 8), (16 * 64, 128, 2), (16 * 24, 128, 1)],
+    ("width", "patches", "micro_batch", "threads"),
+    [(192, 256, 64, 8), (128, 64, 128, 8), (64, 16, 128, 2), (24, 16, 128, 1)],
 )
-def test_a_cpu_gets_what_it_can_use(activations, micro_batch, threads, monkeypatch):
+def test_a_cpu_gets_what_it_can_use(width, patches, micro_batch, threads, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    args = argparse.Namespace(batch_size=256, max_device_batch_size=128, precision="fp32")
-    size = utils.choose_micro_batch_size(args, torch.device("cpu"), activations)
-    assert (size, chosen) == (micro_batch, [threads])
+    args = argparse.Namespace(batch_size=256, max_device_batch_size=None, precision="fp32")
+    args.compile, module = None, torch.nn.Linear(1, 1)
+    tokens = [1 + patches // 4] * 3 + [1 + patches]
+    prepared = utils.prepare_model(module, [torch.device("cpu")], args, [], width, tokens, 0)
+    assert (prepared[1], chosen) == (micro_batch, [threads])
+
+
+GB, MAE_TOKENS, VIT_TOKENS = 1e9, [65] * 12 + [257] * 4, [257] * 12
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "precision", "tokens", "free", "micro_batch"),
+    [
+        (4096, None, "bf16", MAE_TOKENS, 79 * GB, 1024),  # an H100
+        (4096, None, "bf16", MAE_TOKENS, 39 * GB, 1024),  # an A100 of 40 GB
+        (4096, None, "fp16", MAE_TOKENS, 14.5 * GB, 512),  # a T4
+        (4096, None, "bf16", MAE_TOKENS, 5.2 * GB, 128),  # a laptop's 6 GB
+        (4096, None, "fp32", MAE_TOKENS, 14.5 * GB, 256),
+        (128, None, "bf16", VIT_TOKENS, 79 * GB, 128),  # the classifier's whole batch
+        (4096, None, "bf16", VIT_TOKENS, 14.5 * GB, 256),
+        (512, None, "bf16", MAE_TOKENS, 79 * GB, 512),  # one of 8 GPUs
+        (3000, None, "bf16", MAE_TOKENS, 79 * GB, 1000),  # three equal ones
+        (4096, 100, "bf16", MAE_TOKENS, 79 * GB, 100),  # 41: 40 of 100 images, one of 96
+        (4096, 2048, "bf16", MAE_TOKENS, 79 * GB, 2048),
+        (4096, None, "bf16", MAE_TOKENS, 0.0, 1),
+    ],
+)
+def test_a_gpu_gets_what_fits(share, limit, precision, tokens, free, micro_batch):
+    size = utils.choose_micro_batch_size(share, limit, precision, 192, tokens, free)
+    assert size == micro_batch
+
+
+def tried(module, size, limit, compile=False, must_compile=None):
+    """The micro-batch that the trial pass leaves of `size`, if no more images fit than limit."""
+    net = utils.Accelerated(module, torch.device("cpu"), "fp32", compile)
+    run, sizes = net.run, []
+
+    def with_little_memory(img, noise):
+        sizes.append(len(img))
+        if len(img) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(img, noise)
+
+    net.run = with_little_memory
+    example = [torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, 16)]
+    return utils.try_micro_batch(net, net, example, size, 1, must_compile), sizes
+
+
+def test_the_trial_pass_halves_what_does_not_fit_and_changes_nothing():
+    loss = mae_pretrain.MAELoss(MAE_ViT(32, 8, 24, 1, 3, 1, 3), 8)
+    before = [p.clone() for p in loss.parameters()]
+    state = torch.get_rng_state()
+    assert tried(loss, 100, 30) == (25, [100, 50, 25])
+    assert tried(loss, 16, 30) == (16, [16])
+    with pytest.raises(utils.InputError, match="does not fit into memory: lower --max_device"):
+        tried(loss, 8, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    for parameter, old in zip(loss.parameters(), before, strict=True):
+        assert parameter.grad is None and torch.equal(parameter, old)
+
+
+def test_fp32_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
+    utils.configure_process(torch.device("cuda", 0), 1)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 BAD_FLAGS = [
@@ -470,53 +535,86 @@ def test_an_error_of_ours_keeps_its_traceback():
         raise RuntimeError("shape '[2]' is invalid")
 
 
-class Broken(TorchFunctionMode):
-    """Every tensor that is made on a GPU is an error, as with an old driver or GPU."""
-
-    def __init__(self, message):
-        super().__init__()
-        self.message = message
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if "cuda" in str((kwargs or {}).get("device")):
-            raise RuntimeError(self.message)
-        return function(*args, **(kwargs or {}))
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040)."
+OLD_GPU = "CUDA error: no kernel image is available for execution on the device"
+NO_DRIVER, NO_CUDA = (
+    "Found no NVIDIA driver on your system.",
+    "Torch not compiled with CUDA enabled",
+)
+REMEDY = "install a newer NVIDIA driver, or the PyTorch for this GPU from pytorch.org"
 
 
 @pytest.mark.parametrize(
-    "gpus, message",
+    ("count", "smi", "hidden", "message", "warned"),
     [
-        (0, "Found no NVIDIA driver on your system."),
-        (1, "The NVIDIA driver on your system is too old (found version 11040)."),
-        (1, "CUDA error: no kernel image is available for execution on the device"),
+        (1, 1, None, OLD_DRIVER, True),
+        (1, 1, None, OLD_GPU, True),
+        (0, 1, None, NO_DRIVER, False),  # a machine without a GPU
+        (0, 0, None, NO_CUDA, True),  # nvidia-smi works
+        (0, 0, "0", NO_CUDA, True),
+        (0, 0, "", NO_DRIVER, False),  # hidden by the user
     ],
-    ids=["none", "driver", "kernel"],
 )
-def test_a_gpu_that_does_not_work(gpus, message, monkeypatch, capsys):
+def test_no_gpu_that_works(count, smi, hidden, message, warned, monkeypatch, capsys, tmp_path):
     pretrain("--model_path", "cpu.pth", "--device", "cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    if "driver" in message:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nexit {smi}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     capsys.readouterr()
-    with Broken(f"{message}\nIt goes on\nfor lines."):
+    with GPUs({0: f"{message}\nIt goes on\nfor lines."}):
         pretrain("--device", "auto")
         out, err = capsys.readouterr()
         lines = [line for line in (out + err).splitlines() if "warning" in line]
-        assert lines == [f"warning: GPU 0 fails ({message}): using the CPU"] * gpus
+        warning = f"warning: GPU 0 fails ({message}): using the CPU; to use the GPU, {REMEDY}"
+        assert lines == [warning] * warned
         same_weights("vit-t-mae.pth", "cpu.pth")
         before = sorted(os.listdir())
         with pytest.raises(SystemExit) as stop, utils.one_line_errors():
             pretrain("--device", "cuda", "--model_path", "new.pth")
     assert stop.value.code == 1 and sorted(os.listdir()) == before
-    assert capsys.readouterr().err == f"error: GPU 0 fails ({message}): use --device cpu\n"
+    line = f"error: GPU 0 fails ({message}): use --device cpu, or {REMEDY}\n"
+    assert capsys.readouterr().err == line
 
 
-def test_bf16_only_if_every_gpu_has_it(monkeypatch):
-    capability = [(9, 0), (7, 5), (8, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability[i])
-    for gpus, precision in (([0, 1], "fp32"), ([0, 2], "bf16"), ([1], "fp32"), ([2], "bf16")):
-        monkeypatch.setattr(utils, "training_gpus", lambda _, gpus=gpus: gpus)
-        assert utils.choose_precision("auto", torch.device("cuda", gpus[0])) == precision
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_gpus_that_fail_are_left_out(name, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with GPUs({0: OLD_GPU, 2: OLD_GPU}):
+        assert utils.choose_devices(name) == [torch.device("cuda", i) for i in (1, 3)]
+    lines = [f"warning: GPU {i} fails ({OLD_GPU}): left out" for i in (0, 2)]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert utils.choose_devices("cpu") == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(("count", "local_rank", "index"), [(4, 3, 3), (1, 0, 0), (1, 3, 0)])
+def test_each_process_takes_one_gpu(count, local_rank, index, monkeypatch):
+    """Slurm may show each task its own GPU only: then that one, whatever LOCAL_RANK says."""
+    monkeypatch.setattr(utils, "world_size", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with GPUs():
+        assert utils.choose_devices("auto") == [torch.device("cuda", index)]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(utils.InputError, match="--nproc_per_node is above .* GPUs here, 2"):
+            utils.choose_devices("auto")
+
+
+def test_the_oldest_gpu_sets_the_precision(monkeypatch):
+    capability = [(9, 0), (7, 5), (8, 0), (6, 1), (7, 0)]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability[device.index]
+    )
+    for gpus, precision in (
+        ([0], "bf16"), ([0, 2], "bf16"), ([0, 1], "fp16"), ([4], "fp16"), ([1, 3], "fp32"),
+    ):  # fmt: skip
+        devices = [torch.device("cuda", i) for i in gpus]
+        assert utils.choose_precision("auto", devices) == precision
+        assert utils.choose_precision("bf16", devices) == "bf16"
 
 
 def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
@@ -540,13 +638,6 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
     assert all("_orig_mod" not in name for name in read("cls.pth")["model"])
 
 
-def long_run_on_a_gpu(monkeypatch):
-    """The CPU passes as a GPU, and a run as one of 3 million images."""
-    as_on_gpus(monkeypatch, 0)
-    wrap_model = utils.wrap_model
-    monkeypatch.setattr(utils, "wrap_model", lambda *args: wrap_model(*args[:4], 3_000_000))
-
-
 def few_words(*_):
     raise RuntimeError("Cannot find a working triton installation.\nMore information: ...")
 
@@ -560,35 +651,50 @@ def test_what_cannot_be_compiled_runs_uncompiled(part, monkeypatch, capsys):
     pretrain("--model_path", "eager.pth", "--no-compile")
     with pytest.raises(utils.InputError, match="cannot --compile .*triton installation.*leave it"):
         pretrain("--compile")
-    long_run_on_a_gpu(monkeypatch)
+    compiled_by_default(monkeypatch)
     capsys.readouterr()
-    pretrain()
+    pretrain("--compile")
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(lines) == 1 and "Cannot find a working triton installation." in lines[0]
     same_weights("vit-t-mae.pth", "eager.pth", 1e-6)
 
 
-@pytest.mark.parametrize("flag", [[], ["--compile"]])
-def test_too_little_memory_for_a_compiled_model_is_no_failure_to_compile(flag, monkeypatch, capsys):
+def test_too_little_memory_for_a_compiled_model_is_no_failure_to_compile(monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    long_run_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     with pytest.raises(utils.InputError, match="a micro-batch does not fit"):
-        pretrain(*flag)
+        pretrain("--compile")
     assert "warning" not in capsys.readouterr().out
+
+
+def test_an_error_in_the_middle_of_training_is_what_it_is(monkeypatch):
+    """It is not taken for a model that cannot be compiled."""
+    calls = []
+
+    def compiled(*inputs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyError("a bug")
+        return torch.zeros(len(inputs[0]), requires_grad=True)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
+    with pytest.raises(KeyError, match="a bug"), utils.one_line_errors():
+        pretrain("--compile")
 
 
 # In a process of its own: PyTorch reads CXX when it is imported.
 LONG_RUN = """
-import sys, pytest, conftest, mae_pretrain, test_scripts, utils
+import sys, pytest, conftest, mae_pretrain, utils
 
 utils.read_shapes = conftest.few_shapes
-test_scripts.long_run_on_a_gpu(pytest.MonkeyPatch())
+flags = [*sys.argv[1:], "--compile"]
 with utils.one_line_errors():
-    for flags in ([], ["--compile"]):
-        mae_pretrain.main(mae_pretrain.get_args(sys.argv[1:] + flags))
+    with pytest.MonkeyPatch.context() as patch:
+        conftest.compiled_by_default(patch)
+        mae_pretrain.main(mae_pretrain.get_args(flags))
+    mae_pretrain.main(mae_pretrain.get_args(flags))
 """
 
 
@@ -608,3 +714,31 @@ def test_without_a_compiler(device):
 def test_long_warm_up_is_warned_about(capsys):
     pretrain("--warmup_epoch", "5")
     assert "warning: warm-up takes the whole run: lower --warmup_epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3569, "59 min"), (3590, "1 h 0 min"),
+        (7810, "2 h 10 min"), (47.9 * 3600, "47 h 54 min"), (13 * 86400 + 999, "13 days"),
+    ],
+)  # fmt: skip
+def test_durations_in_words(seconds, words):
+    assert utils.in_words(seconds) == words
+
+
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_every_epoch_tells_the_time_that_is_left(script, capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: now[0])
+    end_update = utils.Progress.end_update
+
+    def slow(self):
+        now[0] += 1800  # 3 updates an epoch
+        end_update(self)
+
+    monkeypatch.setattr(utils.Progress, "end_update", slow)
+    script("--total_epoch", "4")
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch ")]
+    left = [line.rpartition(", ")[2] for line in lines]
+    assert left == ["4 h 30 min left", "3 h 0 min left", "1 h 30 min left", "0 s left"]
