@@ -347,10 +347,11 @@ def evaluate_file(args):
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
     images = dataset.val_images
-    net, micro_batch_size, _ = utils.prepare_model(
+    net, micro_batch_size, chosen = utils.prepare_model(
         model.eval(), devices, args, example=[utils.to_float(images[:1])],
         width=architecture["emb_dim"], tokens=tokens_of_blocks(model), num_images=0,
     )  # fmt: skip
+    utils.print_facts("chosen", chosen)
     loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
     counts = (true * k + predicted).cpu().bincount(minlength=k * k)  # [i * k + j]: i taken for j
     counts = utils.reduce_over_processes(counts).view(k, k)

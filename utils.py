@@ -6,7 +6,6 @@ torchvision and timm are imported where they are needed, so that --help does not
 import argparse
 import contextlib
 import ctypes
-import faulthandler
 import hashlib
 import io
 import itertools
@@ -25,8 +24,7 @@ import warnings
 import zipfile
 import zlib
 
-# GNU's OpenMP reads this when PyTorch loads: a waiting thread gives up its core sooner. Otherwise
-# threads hold each other up on cores that other programs use as well.
+# GNU's OpenMP reads this when PyTorch loads: a waiting thread gives up a shared core sooner.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -34,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch.nn.functional import grid_sample
+from torch.nn.functional import affine_grid, grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -94,7 +92,7 @@ def one_line_errors():
         if isinstance(error, (InputError, SizeError)):
             message = error
         elif isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
-            message = InputError(f"another process has failed or has the same GPU: {error}")
+            message = InputError(f"another process has failed or cannot be reached: {error}")
         elif world_size() == 1:
             raise
         else:
@@ -102,10 +100,7 @@ def one_line_errors():
     except KeyboardInterrupt:  # before training, which has a handler of its own
         sys.exit(130)
     tqdm.write(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # the others may never answer: destroy the group, but exit in 5 s anyway
-        faulthandler.dump_traceback_later(5, exit=True, file=open(os.devnull, "w"))
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
+    if world_size() > 1:  # a normal end would wait for the others, which may never answer
         os._exit(1)
     sys.exit(1)
 
@@ -198,8 +193,8 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: cuda where there is a GPU that works")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="precision of matrix products; weights stay fp32; auto: bf16 where the hardware "
-             "computes it natively, else fp16 on a GPU that is fast in it, else fp32")
+        help="precision of matrix products; weights stay fp32; "
+             "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the model (default: on one GPU, from 3 million images on, if it works)")
     add = parser.add_argument_group("output").add_argument
@@ -279,10 +274,9 @@ def check_same_settings(**settings):
 
 
 def choose_devices(name):
-    """auto, cpu or cuda -> the devices to train on: the GPUs that work, or the CPU.
+    """auto, cpu or cuda -> the devices to train on: one GPU under torchrun, else all, or the CPU.
 
-    Under torchrun each process takes one. GPUs that fail are left out, with a warning. Raises
-    InputError if cuda is asked for and none works.
+    GPUs that fail are left out, with a warning; InputError if that leaves cuda or torchrun none.
     """
     if name == "cpu":
         return [torch.device("cpu")]
@@ -297,7 +291,7 @@ def choose_devices(name):
         except Exception as error:
             failures.append(f"GPU {i} fails ({reason(error)})")
     remedy = "install a newer NVIDIA driver, or the PyTorch for this GPU from pytorch.org"
-    if name == "cuda" and not gpus:
+    if not gpus and (name == "cuda" or (count and world_size() > 1)):
         raise InputError(f"{failures[0]}: use --device cpu, or {remedy}")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if count or (not hidden and subprocess.getstatusoutput("nvidia-smi")[0] == 0):
@@ -338,17 +332,15 @@ def choose_micro_batch_size(share, limit, precision, width, tokens, free_bytes=N
 
 
 def configure_process(device, threads):
-    """Set what holds for the whole process: current GPU and exact fp32, or threads and malloc.
-
-    glibc keeps the pages of freed tensors: mapping them anew costs a third of a CPU's time.
-    """
+    """Set what holds for the whole process: current GPU and exact fp32, or threads and malloc."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
         torch.backends.cudnn.allow_tf32 = False
         return
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    torch.set_num_threads(min(threads, torch.get_num_threads()))  # more would wait, not work
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    # glibc keeps the pages of freed tensors: mapping them anew costs a third of the time.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
         mallopt = ctypes.CDLL(None).mallopt
         if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
@@ -391,21 +383,17 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
     -> what to call, images of a micro-batch on all devices, {"device", "precision", ...}.
     """
     device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
-    on_gpu, name, free = device.type == "cuda", "CPU", None
-    if on_gpu:
-        name = f"{n} x {torch.cuda.get_device_name(device)}"
-        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices)
-    if world_size() > 1:
-        name = f"{world_size()} processes, {name} each"
-        check_same_settings(device=device.type, precision=precision)
+    check_same_settings(device=device.type, precision=precision)
+    on_gpu = device.type == "cuda"
+    name = f"{n} x {torch.cuda.get_device_name(device)}" if on_gpu else "CPU"
     command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
     if n > 1 and args.compile:
         raise InputError(f"--compile takes a process for each GPU: {command}")
     pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
     compile = pays if args.compile is None else args.compile
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
     share, limit = math.ceil(args.batch_size / (n * world_size())), args.max_device_batch_size
     size = choose_micro_batch_size(share, limit, precision, width, tokens, free)
-    # A thread with less to do would wait longer than it works.
     configure_process(device, threads=max(1, size * width * (max(tokens) - 1) // 2**16))
     net = accelerated = Accelerated(module.to(device), device, precision, compile)
     if n > 1:
@@ -415,15 +403,15 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
         size = try_micro_batch(net, accelerated, example, size, n, args.compile)
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        name = f"{world_size()} processes, {name} each"
     facts = {"device": name, "precision": precision, "compile": bool(accelerated.compiled)}
     return net, size * n, facts | {"micro-batch": size}
 
 
 def try_micro_batch(net, accelerated, example, size, n, must_compile):
-    """A forward and, in training, a backward pass of `size` images on each of n devices.
+    """Pass `size` images on each of n devices forward and, in training, backward; change nothing.
 
-    -> the size, halved until it fits into the memory of every process. What does not compile
-    stays uncompiled, with a warning, unless it must. Neither weights nor gradients change.
+    -> the size, halved until it fits everywhere. What does not compile runs uncompiled, if it may.
     """
     while True:
         torch.cuda.empty_cache()
@@ -535,9 +523,7 @@ def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
     """
     if len(img) == 0:  # an empty shard, which grid_sample refuses
         return img
-    y, x = ((torch.arange(n, device=img.device) * 2 + 1) / n - 1 for n in img.shape[2:])
-    a, b, c = matrix[:, None, None].unbind(-1)  # [b,1,1,2]; not affine_grid, whose TF32 is coarse
-    grid = a * x[:, None] + b * y[:, None, None] + c  # [b,H,W,2]
+    grid = affine_grid(matrix, img.shape, align_corners=False)  # [b,H,W,2]
     return grid_sample(img, grid, mode, padding_mode, align_corners=False)
 
 
@@ -1112,9 +1098,8 @@ class Run:
     """
 
     def __init__(self, args, name, model_path, model, optim, scaler, fingerprint):
-        self.args, self.fingerprint = args, fingerprint
-        self.model, self.optim, self.scaler = model, optim, scaler
-        self.path, folder = state_path(model_path), None
+        self.args, self.fingerprint, self.path = args, fingerprint, state_path(model_path)
+        self.model, self.optim, self.scaler, folder = model, optim, scaler, None
         self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
         self.files = {}  # path -> bytes of model files to write with the next state
         self.signal = self.stop_signal = 0  # of this process; of any process
@@ -1184,9 +1169,8 @@ class Run:
         """What the rest of the run takes at the pace of this epoch: ", 2 h 10 min left"."""
         progress, seconds = self.progress, time.perf_counter() - self.progress.start
         share = 1 - progress.images_before / progress.bar.total  # of the epoch, if it was resumed
-        if not share:
-            return ""
-        return f", {in_words(seconds / share * (self.args.total_epoch - self.epoch - 1))} left"
+        epochs = self.args.total_epoch - self.epoch - 1
+        return f", {in_words(seconds / share * epochs)} left" if share else ""
 
     def end_epoch(self):
         """Note that an epoch is done. True if the caller is to save its results now.

@@ -1,13 +1,13 @@
 """Time the training steps of both scripts, on this machine, beside the source's if it is given.
 
     python tests/benchmark.py
-    python tests/benchmark.py --micro_batch 128 512 1024 --json speed.json
+    python tests/benchmark.py --precision fp16 --micro_batch 128 512 --json speed.json
     python tests/benchmark.py --source PATH_TO_A_CHECKOUT --json speed.json
 
 A step is a whole update of the weights: images, masks, forward, backward, optimizer, sums. The
 source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. Eager,
 compiled and the source's alternate, so that what else the machine does falls on all of them, and
-share the memory. Warm-up, with compilation, is not in the clock. Three numbers are the median, the
+share the memory. Preparation, with compilation, and warm-up are not in the clock. Three numbers are the median, the
 lowest and the highest. Of several GPUs the first is measured, or the first that
 CUDA_VISIBLE_DEVICES names.
 """
@@ -70,12 +70,13 @@ def get_args():
     add = parser.add_argument
     add("--source", help="a checkout of the source, whose model.py is imported from there")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="ours")
+    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="ours")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="ours compiled, too (default: on a GPU)")  # fmt: skip
-    add("--micro_batch", type=int, nargs="+", default=[128], metavar="N",
-        help="images per pass, one or several to try (default: 128)")  # fmt: skip
-    add("--source_micro_batch", type=int, help="the source's, if another")
+    add("--micro_batch", type=int, nargs="+", metavar="N",
+        help="images per pass, one or several to try "
+             "(default: as the scripts choose it, and on a GPU also 128)")  # fmt: skip
+    add("--source_micro_batch", type=int, help="the source's, if another (default: 128)")
     add("--batch", type=int, help="images per update (default: 512 on a CPU, 4096 on a GPU)")
     add("--repeats", type=int, default=5, help="updates timed of each (default: 5)")
     add("--json", help="write the figures to this file, anew after each")
@@ -88,12 +89,18 @@ def our_step(job, args, device, images, labels):
     mae = MAE_ViT()
     if job == "pretrain":
         module, names = mae_pretrain.MAELoss(mae, patch_size=2), ["loss"]
+        tokens = [1 + NUM_PATCHES // 4] * 12 + [1 + NUM_PATCHES] * 4
+        example = [images[:1].to(device), torch.zeros(1, NUM_PATCHES, device=device)]
     else:
         module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
+        tokens = [1 + NUM_PATCHES] * 12
+        example = [utils.to_float(images[:1].to(device))]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
-    micro_batch = utils.choose_micro_batch_size(args, device, mae.encoder.pos_embedding.numel())
-    net, _ = utils.wrap_model(module, device, args, micro_batch, num_images=0)
+    net, micro_batch, chosen = utils.prepare_model(
+        module, [device], args, example, width=192, tokens=tokens, num_images=0
+    )
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
     images, labels = images.to(device), labels.to(device)
     progress = utils.Progress(device, names)
     progress.bar.disable = True
@@ -103,9 +110,11 @@ def our_step(job, args, device, images, labels):
         batch = torch.randperm(len(images), generator=rng)[:size]
         if job == "pretrain":
             noise = torch.rand(len(batch), NUM_PATCHES, generator=rng)
-            mae_pretrain.train_batch(net, optim, images, batch, noise, micro_batch, progress)
+            data = images, batch, noise
+            mae_pretrain.train_batch(net, optim, scaler, *data, micro_batch, progress)
         else:
-            train_classifier.train_batch(net, optim, images, labels, batch, micro_batch, progress)
+            data = images, labels, batch
+            train_classifier.train_batch(net, optim, scaler, *data, micro_batch, progress)
         progress.end_update()
 
     return step, micro_batch
@@ -126,7 +135,7 @@ def source_step(job, args, device, images, labels):
     model = model.to(device)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
     dataset = [(image.float() / 127.5 - 1, int(label)) for image, label in zip(images, labels)]  # noqa: B905
-    micro_batch = min(args.source_micro_batch or args.micro_batch, args.batch)
+    micro_batch = min(args.source_micro_batch or args.micro_batch or 128, args.batch)
     losses = []
 
     def step(update, size):
@@ -229,10 +238,12 @@ def worker(side, job, args, connection):
     args.compile = side == "compiled"
     with utils.one_line_errors():
         ours = side != "source"
-        device = utils.choose_device(args.device) if ours else torch.device(args.device)
+        device = utils.choose_devices(args.device)[0] if ours else torch.device(args.device)
+        begin = time.perf_counter()
         step, micro_batch = (our_step if ours else source_step)(
             job, args, device, *draw_images(args)
         )
+        preparation = time.perf_counter() - begin
         connection.send(micro_batch)
         while (update := connection.recv()) is not None:
             connection.send(timed(step, device, update, args.batch))
@@ -248,7 +259,7 @@ def worker(side, job, args, connection):
                 "memory_per_image_bytes": (peak - before) // micro_batch,
                 "kernels_per_micro_batch": count_kernels(step, micro_batch) or "not available",
             }
-        connection.send(facts)
+        connection.send({"preparation_seconds": round(preparation, 1), **facts})
 
 
 def draw_images(args):
@@ -333,18 +344,17 @@ def measure(job, args, sides):
 
 
 def main(args):
-    device = utils.choose_device(args.device)
+    device = utils.choose_devices(args.device)[0]
     args.device = device.type
     on_gpu = device.type == "cuda"
     if args.source and not os.path.isfile(os.path.join(args.source, "model.py")):
         raise utils.InputError(f"--source {args.source} has no model.py")
     args.batch = args.batch or (4096 if on_gpu else 512)
-    precision = utils.choose_precision(args.precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = utils.choose_precision(args.precision, [device])
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     name = "CPU"
     if on_gpu:
         name = f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}, {torch.cuda.get_device_name()}"
-        torch.set_float32_matmul_precision("high")  # TF32, as in training
     args.matrix_rate = matrix_rate(device, dtype)
     figures = {}
 
@@ -369,14 +379,15 @@ def main(args):
     add("attention_microseconds_per_image", attention_times(device, dtype))
     add("start_up_seconds", round(start_up(args), 1))
     torch.cuda.empty_cache()
-    sizes = args.micro_batch
-    add("data_images_per_second", round(data_rate(device, draw_images(args)[0], sizes[0])))
+    sizes = args.micro_batch or ([None, 128] if on_gpu else [None])  # None: as it is chosen
+    data = data_rate(device, draw_images(args)[0], sizes[0] or 128)
+    add("data_images_per_second", round(data))
     compiled = on_gpu if args.compile is None else args.compile
     for job in JOBS:
         for args.micro_batch in sizes:  # each worker is given args
             sides = ["eager"] + ["compiled"] * compiled + ["source"] * bool(args.source)
             for side, result in measure(job, args, sides).items():
-                add(f"{job}, micro-batch {args.micro_batch}, {side}", result)
+                add(f"{job}, micro-batch {args.micro_batch or 'chosen'}, {side}", result)
 
 
 if __name__ == "__main__":

@@ -602,6 +602,9 @@ def test_each_process_takes_one_gpu(count, local_rank, index, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(utils.InputError, match="--nproc_per_node is above .* GPUs here, 2"):
             utils.choose_devices("auto")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with GPUs({1: OLD_GPU}), pytest.raises(utils.InputError, match=f"GPU 1 fails .{OLD_GPU}.: use"):
+        utils.choose_devices("auto")
 
 
 def test_the_oldest_gpu_sets_the_precision(monkeypatch):
