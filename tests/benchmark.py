@@ -7,8 +7,8 @@
 A step is a whole update of the weights: images, masks, forward, backward, optimizer, sums. The
 source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. Eager,
 compiled and the source's alternate, so that what else the machine does falls on all of them, and
-share the memory. Preparation, with compilation, and warm-up are not in the clock. Three numbers are the median, the
-lowest and the highest. Of several GPUs the first is measured, or the first that
+share the memory. Preparation, with compilation, and warm-up are not in the clock. Three numbers are
+the median, the lowest and the highest. Of several GPUs the first is measured, or the first that
 CUDA_VISIBLE_DEVICES names.
 """
 
