@@ -613,4 +613,4 @@ def test_a_scale_that_keeps_falling_is_a_loss_that_is_not_finite(monkeypatch):
     with pytest.raises(utils.InputError, match="not finite after 3 epochs, 3 .*--precision fp32"):
         pretrain("--precision", "fp16", "--total_epoch", "9")
     assert found == [2.0 ** (9 - i) for i in range(12)]
-    assert read("vit-t-mae.state.pth")["epoch"] == 3
+    assert all(tensor.isfinite().all() for tensor in read("vit-t-mae.state.pth")["model"].values())
