@@ -276,7 +276,7 @@ def check_same_settings(**settings):
 def choose_devices(name):
     """auto, cpu or cuda -> the devices to train on: one GPU under torchrun, else all, or the CPU.
 
-    GPUs that fail are left out, with a warning; InputError if that leaves cuda or torchrun none.
+    GPUs that fail are left out, with a warning. InputError if none is left for cuda or torchrun.
     """
     if name == "cpu":
         return [torch.device("cpu")]
@@ -327,7 +327,7 @@ def choose_micro_batch_size(share, limit, precision, width, tokens, free_bytes=N
     else:  # a power of two divides most batches evenly, and only one size is compiled
         image_bytes = (70 if precision == "fp32" else 40) * width * sum(tokens)  # as measured
         fitting = max(1, int(0.6 * free_bytes / image_bytes))
-        largest = limit or min(1024, 2 ** int(math.log2(fitting)))
+        largest = min(limit or 1024, 1024, 2 ** int(math.log2(fitting)))
     return math.ceil(share / math.ceil(share / largest))
 
 
@@ -383,7 +383,6 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
     -> what to call, images of a micro-batch on all devices, {"device", "precision", ...}.
     """
     device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
-    check_same_settings(device=device.type, precision=precision)
     on_gpu = device.type == "cuda"
     name = f"{n} x {torch.cuda.get_device_name(device)}" if on_gpu else "CPU"
     command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
@@ -391,6 +390,7 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
         raise InputError(f"--compile takes a process for each GPU: {command}")
     pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
     compile = pays if args.compile is None else args.compile
+    check_same_settings(device=device.type, precision=precision, compile=compile)
     free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
     share, limit = math.ceil(args.batch_size / (n * world_size())), args.max_device_batch_size
     size = choose_micro_batch_size(share, limit, precision, width, tokens, free)
@@ -404,37 +404,37 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
-    facts = {"device": name, "precision": precision, "compile": bool(accelerated.compiled)}
+    facts = {"device": name, "precision": precision, "compile": bool(accelerated.compiled_size)}
     return net, size * n, facts | {"micro-batch": size}
 
 
 def try_micro_batch(net, accelerated, example, size, n, must_compile):
-    """Pass `size` images on each of n devices forward and, in training, backward; change nothing.
-
-    -> the size, halved until it fits everywhere. What does not compile runs uncompiled, if it may.
+    """-> the size, halved until a trial pass, of n * size images, fits in every process. What then
+    does not compile runs uncompiled, with a warning, or is an InputError if it must.
     """
-    while True:
-        torch.cuda.empty_cache()
-        accelerated.compiled_size = accelerated.compiled and size
-        try:
-            with memory_for(), torch.set_grad_enabled(accelerated.module.training):
-                output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
-                if output.requires_grad:
-                    torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+
+    def trial():  # changes nothing; what it has allocated is freed, even if it fails
+        with memory_for(), torch.set_grad_enabled(accelerated.module.training):
+            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
+            if output.requires_grad:
+                torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+
+    while size > 1:
+        with contextlib.suppress(InputError):
+            trial()
             break
-        except InputError:  # too little memory
-            if size == 1:
-                raise
-            size //= 2
+        size //= 2
+        torch.cuda.empty_cache()
+    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
+    if accelerated.compiled:
+        accelerated.compiled_size = size
+        try:
+            trial()
         except Exception as error:  # no compiler, an old GPU, Windows, ...
-            if not accelerated.compiled:
-                raise
             if must_compile:
                 raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
             print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
-            accelerated.compiled = None
-    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
-    accelerated.compiled_size = accelerated.compiled and size
+            accelerated.compiled_size = None
     return size
 
 
@@ -1235,10 +1235,10 @@ class Run:
         """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             raise InputError(
-                f"loss or weights are not finite after {self.epoch} epochs, {self.update} updates, "
-                f"at learning rate {self.optim.param_groups[-1]['lr']:.2e}; the files are those of "
-                "the last good state. Try --resume with --precision fp32, or a new run with a "
-                "lower --base_learning_rate or more --warmup_epoch"
+                f"loss, weights or gradients are not finite after {self.epoch} epochs, "
+                f"{self.update} updates, at learning rate {self.optim.param_groups[-1]['lr']:.2e}; "
+                "the files are those of the last good state. Try --resume with --precision fp32, "
+                "or a new run with a lower --base_learning_rate or more --warmup_epoch"
             )
 
     def leave(self):

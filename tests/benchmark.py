@@ -239,10 +239,8 @@ def worker(side, job, args, connection):
     with utils.one_line_errors():
         ours = side != "source"
         device = utils.choose_devices(args.device)[0] if ours else torch.device(args.device)
-        begin = time.perf_counter()
-        step, micro_batch = (our_step if ours else source_step)(
-            job, args, device, *draw_images(args)
-        )
+        images, begin = draw_images(args), time.perf_counter()
+        step, micro_batch = (our_step if ours else source_step)(job, args, device, *images)
         preparation = time.perf_counter() - begin
         connection.send(micro_batch)
         while (update := connection.recv()) is not None:

@@ -205,6 +205,12 @@ def test_processes_with_other_flags_are_refused():
     assert "process 1 has seed 7, process 0 has 42" in output("a")
 
 
+def test_processes_of_which_one_compiles_are_refused():
+    last = ["--compile"]
+    status = train("mae_pretrain", SCRIPTS["mae_pretrain"], "a", 2, flags_of_last=last)
+    assert status == [1, 1] and "process 1 has compile True, process 0 has False" in output("a")
+
+
 def test_processes_with_other_states_are_refused():
     flags = SCRIPTS["mae_pretrain"]
     for folder, update in (("a", 2), ("b", 7)):
@@ -221,7 +227,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
     begin = time.monotonic()
     assert train("mae_pretrain", flags, "a", 2, spoil_at=7) == [1, 1]
     assert time.monotonic() - begin < 60
-    assert "error: loss or weights are not finite after 1 epochs, 3 updates" in output("a", 1)
+    assert "gradients are not finite after 1 epochs, 3 updates" in output("a", 1)
     assert "error: another process has failed" in output("a")
     state = read("a/model.state.pth")
     assert (state["epoch"], state["update"]) == (1, 2)
