@@ -414,7 +414,7 @@ def main(args):
         example = [torch.zeros(1, args.emb_dim, device=device)]
     net, micro_batch_size, chosen = utils.prepare_model(
         trained, devices, args, example, width=args.emb_dim, tokens=tokens_of_blocks(model),
-        num_images=args.total_epoch * len(images),
+        num_images=args.total_epoch * len(images), cpu_limit=256,
     )  # fmt: skip
     optim = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True

@@ -317,13 +317,12 @@ def choose_precision(name, devices):
 def choose_micro_batch_size(share, limit, precision, width, tokens, free_bytes=None):
     """Images of a micro-batch on each device: as few and as equal ones as memory allows.
 
-    share: images of a batch for each device. limit: --max_device_batch_size or None. tokens: of an
-    image, how many each Transformer block sees. free_bytes: a GPU's memory; None for a CPU.
+    share: images of a batch for each device. limit: a number, or None on a GPU. tokens: of an image,
+    how many each Transformer block sees. free_bytes: a GPU's memory; None for a CPU.
     """
-    if free_bytes is None:
-        largest = limit or 128
-        if precision == "fp32":  # more is no faster there
-            largest = min(largest, max(1, 3 * 2**20 // (width * (max(tokens) - 1))))
+    if free_bytes is None:  # in fp32 more activations are no faster there
+        most = 3 * 2**20 // (width * (max(tokens) - 1)) if precision == "fp32" else limit
+        largest = max(1, min(limit, most))
     else:  # a power of two divides most batches evenly, and only one size is compiled
         image_bytes = (70 if precision == "fp32" else 40) * width * sum(tokens)  # as measured
         fitting = max(1, int(0.6 * free_bytes / image_bytes))
@@ -374,12 +373,12 @@ class Accelerated(torch.nn.Module):
         return (self.compiled if len(inputs[0]) == self.compiled_size else self.run)(*inputs)
 
 
-def prepare_model(module, devices, args, example, width, tokens, num_images):
+def prepare_model(module, devices, args, example, width, tokens, num_images, cpu_limit=128):
     """Make a module, and the process, ready for training or, in eval mode, for evaluation.
 
     Moves it in place: its own state_dict, without any prefix, is the one to save. Wraps it for
     autocast, torch.compile, DDP or DataParallel, and tries a micro-batch. example: inputs for an
-    image, [1,...] each. width, tokens: see choose_micro_batch_size. num_images: of all epochs.
+    image, [1,...] each. width, tokens, cpu_limit: of the micro-batch. num_images: of all epochs.
     -> what to call, images of a micro-batch on all devices, {"device", "precision", ...}.
     """
     device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
@@ -392,7 +391,8 @@ def prepare_model(module, devices, args, example, width, tokens, num_images):
     compile = pays if args.compile is None else args.compile
     check_same_settings(device=device.type, precision=precision, compile=compile)
     free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
-    share, limit = math.ceil(args.batch_size / (n * world_size())), args.max_device_batch_size
+    share = math.ceil(args.batch_size / (n * world_size()))
+    limit = args.max_device_batch_size or (None if on_gpu else cpu_limit)
     size = choose_micro_batch_size(share, limit, precision, width, tokens, free)
     configure_process(device, threads=max(1, size * width * (max(tokens) - 1) // 2**16))
     net = accelerated = Accelerated(module.to(device), device, precision, compile)
