@@ -317,8 +317,8 @@ def choose_precision(name, devices):
 def choose_micro_batch_size(share, limit, precision, width, tokens, free_bytes=None):
     """Images of a micro-batch on each device: as few and as equal ones as memory allows.
 
-    share: images of a batch for each device. limit: a number, or None on a GPU. tokens: of an image,
-    how many each Transformer block sees. free_bytes: a GPU's memory; None for a CPU.
+    share: images of a batch for each device. limit: may be None on a GPU. tokens: of an image, how
+    many each Transformer block sees. free_bytes: a GPU's memory; None for a CPU.
     """
     if free_bytes is None:  # in fp32 more activations are no faster there
         most = 3 * 2**20 // (width * (max(tokens) - 1)) if precision == "fp32" else limit
