@@ -93,7 +93,7 @@ def our_step(job, args, device, images, labels):
         example = [images[:1].to(device), torch.zeros(1, NUM_PATCHES, device=device)]
     else:
         module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
-        tokens = [1 + NUM_PATCHES] * 12
+        tokens = train_classifier.tokens_of_blocks(module)
         example = [utils.to_float(images[:1].to(device))]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
     net, micro_batch, chosen = utils.prepare_model(

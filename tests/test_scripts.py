@@ -358,7 +358,7 @@ class Full(torch.autograd.Function):
     def forward(ctx, x):
         big = torch.zeros(len(x))
         ctx.save_for_backward(big)
-        Full.alive.append([len(x), weakref.ref(big)])
+        Full.alive.append(weakref.ref(big))
         return x.clone()
 
     @staticmethod
@@ -376,7 +376,7 @@ def test_the_trial_pass_halves_what_does_not_fit_and_changes_nothing(where, monk
 
     def with_little_memory(img, noise):
         tried.append(len(img))
-        assert all(big() is None for _, big in Full.alive)  # freed before the next pass
+        assert all(big() is None for big in Full.alive)  # freed before the next pass
         if where == "forward" and len(img) > Full.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return Full.apply(run(img, noise))
@@ -540,11 +540,13 @@ def with_little_memory(device, flags):
             "--image_size 2400 --patch_size 100 --emb_dim 24",
             "dataset does not fit into memory: low",
         ),
-        ("-bs 60 --max_device_batch_size 60 --emb_dim 1536", "a micro-batch does not fit into"),
+        ("-bs 60 --max_device_batch_size 60", "a micro-batch does not fit into memory"),
     ],
 )
 def test_too_little_memory_is_one_line(flags, message, device):
     shared = ["--dataset", "shapes", "--precision", "fp32", "--device", device]
+    if device == "cuda" and "-bs" in flags:
+        shared += ["--emb_dim", "1536"]  # on a GPU, less than 60 images would fit
     process = new_process(with_little_memory, device, [*flags.split(), *shared])
     (status,) = statuses([process], timeout=60)
     with open("errors") as file:
@@ -559,10 +561,8 @@ def test_an_error_of_ours_keeps_its_traceback():
 
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040)."
 OLD_GPU = "CUDA error: no kernel image is available for execution on the device"
-NO_DRIVER, NO_CUDA = (
-    "Found no NVIDIA driver on your system.",
-    "Torch not compiled with CUDA enabled",
-)
+NO_DRIVER = "Found no NVIDIA driver on your system."
+NO_CUDA = "Torch not compiled with CUDA enabled"
 REMEDY = "install a newer NVIDIA driver, or the PyTorch for this GPU from pytorch.org"
 
 
@@ -661,6 +661,34 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
     classify(*flags, "--compile")
     assert len(graphs) <= 3  # training, and evaluation without gradients
     assert all("_orig_mod" not in name for name in read("cls.pth")["model"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "images", "compiled"),
+    [(1, 3_000_000, True), (1, 2_999_999, False), (2, 3_000_000, False)],
+)
+def test_a_long_run_on_one_gpu_is_compiled_by_default(gpus, images, compiled, monkeypatch):
+    """The GPUs are named only: what would ask them is replaced."""
+    demands = []
+
+    def note(net, accelerated, example, size, n, must_compile):
+        accelerated.compiled_size = accelerated.compiled and size
+        demands.append(must_compile)
+        return size
+
+    monkeypatch.setattr(utils, "try_micro_batch", note)
+    monkeypatch.setattr(utils, "configure_process", lambda *_, **__: None)
+    monkeypatch.setattr(utils, "DataParallel", lambda net, _: net)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, _: self)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79 * GB, 80 * GB))
+    args = argparse.Namespace(batch_size=4096, max_device_batch_size=None, precision="fp32")
+    args.compile, devices = None, [torch.device("cuda", i) for i in range(gpus)]
+    module = torch.nn.Linear(1, 1)
+    _, size, chosen = utils.prepare_model(module, devices, args, [], 192, MAE_TOKENS, images)
+    expected = {"device": f"{gpus} x GPU", "precision": "fp32", "compile": compiled}
+    assert chosen == expected | {"micro-batch": 1024} and size == 1024 * gpus
+    assert demands == [None]  # a wish: what does not compile runs uncompiled
 
 
 def few_words(*_):
