@@ -12,6 +12,7 @@ trains nothing: it shows how the trained model reconstructs your images.
 
 import argparse
 import inspect
+import math
 import os
 import shlex
 
@@ -66,10 +67,15 @@ def get_args(argv=None):
         help="number of Transformer blocks of the decoder")
     add("--decoder_head", type=utils.positive_int, default=3,
         help="number of attention heads of each")
+    add("--decoder_dim", type=utils.positive_int, metavar="N",
+        help="embedding dimension of the decoder; a multiple of its heads (default: emb_dim)")
     open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
     add("--mask_ratio", type=open_ratio, default=0.75, nargs="+", action=OneOrMore,
         help="fraction of the patches that is masked; int(patches * (1 - mask_ratio)) stay "
              "visible; several values only with --reconstruct")
+    add("--masking", choices=["random", "block", "grid"], default="random",
+        help="which patches are masked: random ones; rectangles; or, at 0.75, all but one of each "
+             "2x2 (paper, Table 1f)")
     add("--norm_pix_loss", action="store_true",
         help="predict pixels normalised by the mean and standard deviation of their patch; "
              "the reconstructions shown are de-normalised with those of the true patch")
@@ -83,6 +89,56 @@ def get_args(argv=None):
         warmup_epoch=200, model_path="vit-t-mae.pth")
     # fmt: on
     return parser.parse(argv, DEMO, "model_path")
+
+
+def draw_noise(masking, n, num_patches, mask_ratio, rng):
+    """Draw the noise [n,T] by which a model of this mask ratio hides patches of n images."""
+    grid = math.isqrt(num_patches)
+    if masking == "block":
+        return block_noise(torch.rand(n, 16, 4, generator=rng), grid, mask_ratio)
+    if masking == "grid":
+        return grid_noise(torch.rand(n, 2, generator=rng), grid)
+    return torch.rand(n, num_patches, generator=rng)
+
+
+def block_noise(rand, grid, mask_ratio):
+    """Noise that hides rectangles of random size, shape and place, one after the other.
+
+    rand [n,K,4] in [0, 1) makes K rectangles for each of n images -> noise [n,grid**2]. They are
+    BEiT's (arXiv:2106.08254, Algorithm 1): from 8 % of the image to mask_ratio, with sides in a
+    ratio of up to 10 to 3. Of the last, the patches nearest to its centre are hidden. If K do not
+    suffice, they grow.
+    """
+    area, shape, *place = rand.unbind(-1)  # [n,K] each
+    smallest = min(16 / 196, mask_ratio)
+    area = (smallest + (mask_ratio - smallest) * area) * grid**2  # in patches
+    shape = (10 / 3) ** (2 * shape - 1)
+    distances = []  # from the centre, in rows and in columns, [n,K,grid] each; inside below 1
+    for side, start in zip((area * shape, area / shape), place, strict=True):
+        side = side.sqrt().round().clamp(1, grid)
+        centre = (start * (grid - side + 1)).floor() + (side - 1) / 2
+        distances.append((torch.arange(grid) - centre[..., None]).abs() / (side[..., None] / 2))
+    rows, columns, K = *distances, rand.shape[1]
+    turn = torch.full((len(rand), grid**2), math.inf)  # when a patch is hidden
+    for k in range(K):
+        distance = torch.maximum(rows[:, k, :, None], columns[:, k, None, :]).flatten(1)
+        turn = turn.minimum(torch.where(distance < 1, float(k), float(K)) + distance)
+    return -turn  # the model shows the patches of least noise
+
+
+def grid_noise(rand, grid):
+    """Noise that leaves a regular grid visible: at a ratio of 0.75 one patch of each 2x2.
+
+    rand [n,2] in [0, 1) shifts it, image by image -> noise [n,grid**2]. The noise is a Bayer matrix
+    (ordered dithering), which spreads any number of patches evenly.
+    """
+    levels = (grid - 1).bit_length()
+    place = (rand * 2**levels).long()[..., None] + torch.arange(grid)  # [n,2,grid]
+    y, x = place[:, 0, :, None], place[:, 1, None, :]
+    rank = torch.zeros(len(rand), grid, grid)
+    for level in range(levels):
+        rank = 4 * rank + 2 * ((y ^ x) >> level & 1) + (y >> level & 1)
+    return rank.flatten(1)
 
 
 class MAELoss(torch.nn.Module):
@@ -152,13 +208,13 @@ def reconstruct_images(args):
     is_file = os.path.isfile(args.reconstruct)
     files = [(args.reconstruct, 0)] if is_file else utils.list_images(args.reconstruct)[0]
     img = utils.to_float(utils.decode(files[:16], architecture["image_size"])[0])
-    noise = torch.rand(len(img), len(model.encoder.pos_embedding),
-        generator=utils.generator("shown", args.seed))  # fmt: skip
-    columns = []
+    num_patches, columns = len(model.encoder.pos_embedding), []
     for ratio in args.mask_ratio if isinstance(args.mask_ratio, list) else [args.mask_ratio]:
-        if count_visible(noise.shape[1], ratio) == 0:
+        if count_visible(num_patches, ratio) == 0:
             raise utils.InputError(f"--mask_ratio {ratio} leaves no patch visible")
         model.encoder.shuffle.ratio = ratio
+        rng = utils.generator("shown", args.seed)
+        noise = draw_noise(args.masking, len(img), num_patches, ratio, rng)
         columns += reconstruct(model, img, noise, architecture["patch_size"], norm_pix_loss)
     grid = torch.stack([*columns, img])  # [2 * ratios + 1,B,3,H,W]
     grid = (rearrange(grid, "v b c h w -> c (b h) (v w)") + 1) / 2
@@ -213,6 +269,7 @@ def main(args):
     utils.print_facts("arguments", vars(args))
 
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
+    architecture["decoder_dim"] = decoder_dim = args.decoder_dim or args.emb_dim
     model = MAE_ViT(**architecture)
     num_patches = len(model.encoder.pos_embedding)
     num_visible = count_visible(num_patches, args.mask_ratio)
@@ -222,10 +279,11 @@ def main(args):
     images, num_images = dataset.train_images, len(dataset.train_images)
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     img = utils.to_float(images[:1]) if args.augment else images[:1]
-    tokens = [1 + num_visible] * args.encoder_layer + [1 + num_patches] * args.decoder_layer
+    blocks = [(1 + num_visible, args.emb_dim)] * args.encoder_layer
+    blocks += [(1 + num_patches, decoder_dim)] * args.decoder_layer
     net, micro_batch_size, chosen = utils.prepare_model(
         loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
-        width=args.emb_dim, tokens=tokens, num_images=args.total_epoch * num_images,
+        blocks=blocks, num_images=args.total_epoch * num_images,
     )  # fmt: skip
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -236,7 +294,7 @@ def main(args):
     n = min(16, len(dataset.val_images))
     shown = dataset.val_images[torch.arange(n) * len(dataset.val_images) // n]
     rng = utils.generator("shown", args.seed)
-    shown_noise = torch.rand(n, num_patches, generator=rng).to(device)
+    shown_noise = draw_noise(args.masking, n, num_patches, args.mask_ratio, rng).to(device)
 
     fingerprint = utils.checksum(*dataset[:4])
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, scaler, fingerprint)
@@ -250,7 +308,7 @@ def main(args):
         for update, batch in run.updates(order.split(args.batch_size)):
             # The masks, like the order, are a function of the seed, the epoch and the update.
             rng = utils.generator("masks", args.seed, epoch, update)
-            noise = torch.rand(len(batch), num_patches, generator=rng)
+            noise = draw_noise(args.masking, len(batch), num_patches, args.mask_ratio, rng)
             crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
             train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop)
         results = progress.mean()
@@ -264,9 +322,11 @@ def main(args):
             f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
             f"{speed:,.0f} images/s{run.time_left()}"
         )
-        if run.end_epoch():
+        kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
+        if run.end_epoch() or kept:
             facts = {"epoch": epoch + 1, "metrics": results, "chosen": chosen}
-            run.files[args.model_path] = utils.model_bytes(model, architecture, args, **facts)
+            content = utils.model_bytes(model, architecture, args, **facts)
+            run.files |= dict.fromkeys([args.model_path, *kept], content)
             run.files[png_path] = utils.png_bytes(grid)
             run.save()
     utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")

@@ -117,15 +117,20 @@ class MAE_Encoder(torch.nn.Module):
 class MAE_Decoder(torch.nn.Module):
     """A shallow Transformer that fills mask tokens in for the hidden patches and predicts pixels.
 
+    emb_dim is its own width; features of another width, encoder_dim, pass a linear layer first.
     Raises SizeError if the heads do not divide the width.
     """
 
-    def __init__(self, image_size=32, patch_size=2, emb_dim=192, num_layer=4, num_head=3):
+    def __init__(
+        self, image_size=32, patch_size=2, emb_dim=192, num_layer=4, num_head=3, encoder_dim=None
+    ):
         super().__init__()
         grid = image_size // patch_size
         if emb_dim % num_head:
-            raise SizeError(f"width {emb_dim} is no multiple of the number of heads, {num_head}")
+            raise SizeError(f"decoder width {emb_dim} is no multiple of its heads, {num_head}")
 
+        same = encoder_dim in (None, emb_dim)  # then no weights, as in the source
+        self.embed = torch.nn.Identity() if same else torch.nn.Linear(encoder_dim, emb_dim)
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, emb_dim))
         self.pos_embedding = torch.nn.Parameter(torch.zeros(grid**2 + 1, 1, emb_dim))
         self.transformer = transformer_blocks(emb_dim, num_layer, num_head)
@@ -138,12 +143,13 @@ class MAE_Decoder(torch.nn.Module):
 
     def forward(self, features, backward_indexes):
         """features [1+T_vis,B,C], backward_indexes [T,B] -> predicted_img, mask: [B,3,H,W] each."""
+        features = self.embed(features)  # [1+T_vis,B,D], where D is the decoder's width
         cls_feature, visible = features[:1], features[1:]
         (T, B), T_vis = backward_indexes.shape, visible.shape[0]
 
         mask_tokens = self.mask_token.expand(T - T_vis, B, -1).to(features.dtype)
-        patches = take_indexes(torch.cat([visible, mask_tokens]), backward_indexes)  # [T,B,C]
-        tokens = torch.cat([cls_feature, patches]) + self.pos_embedding  # [1+T,B,C]
+        patches = take_indexes(torch.cat([visible, mask_tokens]), backward_indexes)  # [T,B,D]
+        tokens = torch.cat([cls_feature, patches]) + self.pos_embedding  # [1+T,B,D]
         tokens = rearrange(tokens, "t b c -> b t c").contiguous()
         tokens = self.transformer(tokens)
         tokens = rearrange(tokens, "b t c -> t b c")
@@ -155,7 +161,10 @@ class MAE_Decoder(torch.nn.Module):
 
 
 class MAE_ViT(torch.nn.Module):
-    """The masked autoencoder. Raises SizeError like its encoder and decoder."""
+    """The masked autoencoder. Raises SizeError like its encoder and decoder.
+
+    decoder_dim: the decoder's width; None is that of the encoder, emb_dim.
+    """
 
     def __init__(
         self,
@@ -167,12 +176,15 @@ class MAE_ViT(torch.nn.Module):
         decoder_layer=4,
         decoder_head=3,
         mask_ratio=0.75,
+        decoder_dim=None,
     ):
         super().__init__()
         self.encoder = MAE_Encoder(
             image_size, patch_size, emb_dim, encoder_layer, encoder_head, mask_ratio
         )
-        self.decoder = MAE_Decoder(image_size, patch_size, emb_dim, decoder_layer, decoder_head)
+        self.decoder = MAE_Decoder(
+            image_size, patch_size, decoder_dim or emb_dim, decoder_layer, decoder_head, emb_dim
+        )
 
     def forward(self, img, noise=None):
         """img [B,3,H,W], noise [B,T] or None -> predicted_img, mask: [B,3,H,W] each."""
@@ -239,14 +251,19 @@ def architecture_of(weights):
     }
     if prefix:
         architecture["decoder_layer"] = count_blocks("decoder.transformer.")
+        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
     elif "head.bias" in weights:
         architecture["num_classes"] = len(weights["head.bias"])
     return architecture
 
 
 def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier, or DataParallel of one -> content of a model file."""
-    module = module._modules.get("module", module)
+    """A pickled MAE_ViT or ViT_Classifier -> content of a model file.
+
+    It may have been pickled within DataParallel, torch.compile's module, or one within the other.
+    """
+    for _ in range(2):
+        module = module._modules.get("module", module._modules.get("_orig_mod", module))
     kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
     encoder = module._modules.get("encoder", module)
     architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}

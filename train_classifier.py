@@ -79,8 +79,8 @@ def get_args(argv=None):
         help="choose the best epoch on N of the training images, which are not trained on, "
              "and report its accuracy on the test images (default: choose on those)")
     add("--eval", metavar="FILE",
-        help="no training: accuracy by class and confusion matrix of a saved classifier "
-             "(default: train)")
+        help="no training: accuracy by class, confusion matrix and a picture of mistakes of a "
+             "saved classifier (default: train)")
     utils.add_shared_flags(parser, "--output_model_path",
         "scratch-cls, pretrain-cls, probe-cls or eval-cls", seed=2022, batch_size=128,
         base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
@@ -327,17 +327,47 @@ def draw_confusion(counts, classes):
     return to_tensor(img)
 
 
-def tokens_of_blocks(model):
-    """How many tokens of an image each block of a ViT_Classifier sees, as prepare_model asks."""
-    return [1 + len(model.pos_embedding)] * len(model.transformer)
+def draw_predictions(images, true, predicted, classes):
+    """Up to 24 mistakes, then images that were classified right, 40 in all -> [3,H,W] in [0, 1].
+
+    images uint8 [N,3,H,W], true and predicted [N]. Both kinds are spread evenly over the N images.
+    """
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+
+    def some(indexes, n):
+        n = min(n, len(indexes))
+        return indexes[torch.arange(n) * len(indexes) // max(n, 1)].tolist()
+
+    mistakes = some((true != predicted).nonzero()[:, 0], 24)
+    shown = mistakes + some((true == predicted).nonzero()[:, 0], 40 - len(mistakes))
+    side, gap, top, columns = 128, 8, 28, min(8, len(shown))
+    width, height = side + gap, side + 42
+    size = gap + columns * width, top + math.ceil(len(shown) / columns) * height
+    img = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(img)
+    draw.text((gap, gap), "black: true, red or green: predicted", "black", font_size=14)
+    for i, index in enumerate(shown):
+        x, y = gap + i % columns * width, top + i // columns * height
+        img.paste(to_pil_image(images[index].cpu()).resize((side, side)), (x, y))
+        names = classes[true[index]], classes[predicted[index]]
+        colour = "green" if names[0] == names[1] else "red"
+        draw.text((x, y + side), names[0][:18], "black", font_size=14)
+        draw.text((x, y + side + 17), names[1][:18], colour, font_size=14)
+    return to_tensor(img)
+
+
+def blocks_of(model):
+    """Of each block of a ViT_Classifier, (tokens of an image, their width) for prepare_model."""
+    num_patches, _, emb_dim = model.pos_embedding.shape
+    return [(1 + num_patches, emb_dim)] * len(model.transformer)
 
 
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
     devices = utils.choose_devices(args.device)
-    png_path = os.path.splitext(args.eval)[0] + "-confusion.png"
+    png_paths = [os.path.splitext(args.eval)[0] + f"-{x}.png" for x in ("confusion", "predictions")]
     model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
-    utils.check_outputs(png_path)
+    utils.check_outputs(*png_paths)
     args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
     dataset = utils.load_dataset(args, devices[0])
     k = architecture["num_classes"]
@@ -346,15 +376,17 @@ def evaluate_file(args):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    images = dataset.val_images
+    images, true = dataset.val_images, dataset.val_labels
     net, micro_batch_size, chosen = utils.prepare_model(
         model.eval(), devices, args, example=[utils.to_float(images[:1])],
-        width=architecture["emb_dim"], tokens=tokens_of_blocks(model), num_images=0,
+        blocks=blocks_of(model), num_images=0,
     )  # fmt: skip
     utils.print_facts("chosen", chosen)
-    loss, predicted, true = predict(net, images, dataset.val_labels, micro_batch_size)
-    counts = (true * k + predicted).cpu().bincount(minlength=k * k)  # [i * k + j]: i taken for j
-    counts = utils.reduce_over_processes(counts).view(k, k)
+    loss, own, _ = predict(net, images, true, micro_batch_size)
+    predicted = torch.zeros_like(true)
+    utils.shard(predicted).copy_(own)
+    true, predicted = true.cpu(), utils.reduce_over_processes(predicted).cpu()
+    counts = (true * k + predicted).bincount(minlength=k * k).view(k, k)  # [i, j]: i taken for j
     loss = utils.reduce_over_processes(loss).item() / len(images)
     acc = counts.trace().item() / len(images)
     for i, name in enumerate(classes):
@@ -363,10 +395,13 @@ def evaluate_file(args):
     utils.print_rank_0(f"accuracy on {len(images):,} validation images: {acc:.2%}, loss {loss:.4f}")
     if utils.rank() == 0:
         confusion = draw_confusion(counts, classes)
-        utils.write_file(png_path, utils.png_bytes(confusion))
+        predictions = draw_predictions(images, true, predicted, classes)
+        for path, img in zip(png_paths, (confusion, predictions), strict=True):
+            utils.write_file(path, utils.png_bytes(img))
         curves = utils.Curves(utils.new_run_folder(args.log_dir, args.dataset, "eval-cls"))
-        curves.write(0, {"cls/acc": acc}, {"cls/confusion": confusion})
-        utils.print_rank_0(f"confusion matrix: {png_path}, curves: {curves.folder}")
+        pictures = {"cls/confusion": confusion, "cls/predictions": predictions}
+        curves.write(0, {"cls/acc": acc}, pictures)
+        utils.print_rank_0(f"pictures: {', '.join(png_paths)}, curves: {curves.folder}")
 
 
 @utils.memory_for("the dataset, twice for --holdout,", "--train_images or --image_size")
@@ -413,7 +448,7 @@ def main(args):
         name, groups, trained = "probe-cls", model.head.parameters(), model.head
         example = [torch.zeros(1, args.emb_dim, device=device)]
     net, micro_batch_size, chosen = utils.prepare_model(
-        trained, devices, args, example, width=args.emb_dim, tokens=tokens_of_blocks(model),
+        trained, devices, args, example, blocks_of(model),
         num_images=args.total_epoch * len(images), cpu_limit=256,
     )  # fmt: skip
     optim = torch.optim.AdamW(
@@ -456,13 +491,17 @@ def main(args):
             test = evaluate(net, test_images, test_labels, micro_batch_size)
             results |= {f"test_{key}": value for key, value in test.items()}
         run.results["last"] = results
+        paths = kept = utils.kept_paths(args.output_model_path, epoch + 1, args.keep_every)
         if best:
             run.results["best"] = results
+            paths = [args.output_model_path, *kept]
+        if paths:
             more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
             more |= {"chosen": chosen, "classes": classes}
             saved = fold_norm(model, norm) if args.linear_probe else model
-            run.files[args.output_model_path] = utils.model_bytes(saved, architecture, args, **more)
-        if run.end_epoch():
+            content = utils.model_bytes(saved, architecture, args, **more)
+            run.files |= dict.fromkeys(paths, content)
+        if run.end_epoch() or kept:
             run.save()
     utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
 

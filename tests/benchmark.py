@@ -89,15 +89,15 @@ def our_step(job, args, device, images, labels):
     mae = MAE_ViT()
     if job == "pretrain":
         module, names = mae_pretrain.MAELoss(mae, patch_size=2), ["loss"]
-        tokens = [1 + NUM_PATCHES // 4] * 12 + [1 + NUM_PATCHES] * 4
+        blocks = [(1 + NUM_PATCHES // 4, 192)] * 12 + [(1 + NUM_PATCHES, 192)] * 4
         example = [images[:1].to(device), torch.zeros(1, NUM_PATCHES, device=device)]
     else:
         module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
-        tokens = train_classifier.tokens_of_blocks(module)
+        blocks = train_classifier.blocks_of(module)
         example = [utils.to_float(images[:1].to(device))]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
     net, micro_batch, chosen = utils.prepare_model(
-        module, [device], args, example, width=192, tokens=tokens, num_images=0
+        module, [device], args, example, blocks, num_images=0
     )
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")

@@ -1,5 +1,6 @@
 """What the tests of the scripts share: a tiny run, and reading back what it left on the disk."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -134,6 +135,24 @@ def same_weights(path, other, tolerance=0.0):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+@contextlib.contextmanager
+def signal_at_update(number, at):
+    """Send the process a signal while its update `at` is under way."""
+    end_update, seen = utils.Progress.end_update, []
+
+    def counting(self):
+        seen.append(1)
+        if len(seen) == at:
+            os.kill(os.getpid(), number)
+        end_update(self)
+
+    utils.Progress.end_update = counting
+    try:
+        yield
+    finally:
+        utils.Progress.end_update = end_update
 
 
 def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):

@@ -8,8 +8,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import utils
-from mae_pretrain import MAELoss, patch_mean_std
-from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier, random_indexes, take_indexes
+from mae_pretrain import MAELoss, block_noise, draw_noise, grid_noise, patch_mean_std
+from model import (
+    MAE_Encoder,
+    MAE_ViT,
+    PatchShuffle,
+    ViT_Classifier,
+    count_visible,
+    random_indexes,
+    take_indexes,
+)
 
 TINY = {
     "image_size": 16,
@@ -67,10 +75,11 @@ def test_hidden_pixels_are_counted_exactly(ratio):
     assert set(mask.unique().tolist()) == {0.0, 1.0}
 
 
-def test_shuffle_unshuffle_and_mask_agree_with_loops(device):
+@pytest.mark.parametrize("decoder_dim", [None, 12])
+def test_shuffle_unshuffle_and_mask_agree_with_loops(decoder_dim, device):
     T, B, C, T_vis, p = 16, 3, 24, 4, 4
     torch.manual_seed(0)
-    model = MAE_ViT(**TINY, mask_ratio=0.75).eval().to(device)
+    model = MAE_ViT(**TINY, mask_ratio=0.75, decoder_dim=decoder_dim).eval().to(device)
     patches, noise = torch.randn(T, B, C), torch.rand(B, T)
     noise[0], noise[1] = noise[0].round(decimals=1), 0.5  # ties, which keep their order
     patches, noise = patches.to(device), noise.to(device)
@@ -87,6 +96,8 @@ def test_shuffle_unshuffle_and_mask_agree_with_loops(device):
     features = torch.randn(1 + T_vis, B, C, device=device)
     decoder = model.decoder
     predicted_img, mask = decoder(features, backward)
+    if decoder_dim:
+        features = features @ decoder.embed.weight.T + decoder.embed.bias
     for b in range(B):
         tokens = [features[0, b] + decoder.pos_embedding[0, 0]]
         shown = {}
@@ -105,6 +116,88 @@ def test_shuffle_unshuffle_and_mask_agree_with_loops(device):
                         where = b, c, row * p + y, column * p + x
                         assert mask[where] == (0 if shown[t] else 1)
                         torch.testing.assert_close(predicted_img[where], value, atol=1e-5, rtol=0)
+
+
+def test_a_decoder_of_the_same_width_has_no_weights_that_the_source_lacks():
+    torch.manual_seed(0)
+    default = MAE_ViT(**TINY).state_dict()
+    torch.manual_seed(0)
+    same = MAE_ViT(**TINY, decoder_dim=24).state_dict()
+    assert not [name for name in default if "embed." in name]
+    assert default.keys() == same.keys()
+    assert all(torch.equal(default[name], same[name]) for name in default)
+    narrow = MAE_ViT(**TINY, decoder_dim=12).state_dict()
+    assert narrow.keys() - default.keys() == {"decoder.embed.weight", "decoder.embed.bias"}
+    assert narrow["decoder.embed.weight"].shape == (12, 24)
+    assert narrow["decoder.head.weight"].shape == (48, 12)
+
+
+def hidden_patches(noise, ratio):
+    """Which patches of each image the model hides, [n,T]."""
+    T = noise.shape[1]
+    _, _, backward = PatchShuffle(ratio)(torch.zeros(T, len(noise), 1), noise)
+    return backward.T >= count_visible(T, ratio)
+
+
+@pytest.mark.parametrize("grid, ratio", [(4, 0.5), (5, 0.75), (16, 0.75), (14, 0.4), (6, 0.95)])
+def test_block_masks_hide_one_rectangle_after_the_other(grid, ratio):
+    rand = torch.rand(40, 16, 4, generator=utils.generator("test", grid))
+    rand[0, 0, 0] = 1 - 2**-24  # as large as can be
+    rand[1, :] = 0.0  # all the same: they grow
+    noise = block_noise(rand, grid, ratio)
+    masks, count = hidden_patches(noise, ratio), grid**2 - count_visible(grid**2, ratio)
+    assert masks.sum(1).tolist() == [count] * 40
+    for b in range(1, 40):
+        hidden = {divmod(i, grid) for i in masks[b].nonzero()[:, 0].tolist()}
+        union = set()
+        for area, shape, y, x in rand[b].tolist():
+            low = min(16 / 196, ratio)
+            area, shape = (low + (ratio - low) * area) * grid**2, (10 / 3) ** (2 * shape - 1)
+            h, w = (min(grid, max(1, round(math.sqrt(s)))) for s in (area * shape, area / shape))
+            top, left = int(y * (grid - h + 1)), int(x * (grid - w + 1))
+            rectangle = {(top + i, left + j) for i in range(h) for j in range(w)}
+            if not union | rectangle <= hidden:
+                break
+            union |= rectangle
+        else:
+            rectangle = set()
+        new = rectangle - union
+        assert union <= hidden and (b == 1 or hidden <= union | rectangle)
+        distance = {
+            (i, j): max(abs(i - top - (h - 1) / 2) / h, abs(j - left - (w - 1) / 2) / w)
+            for i, j in new
+        }  # of the last rectangle, the middle is hidden
+        inside = [distance[patch] for patch in new & hidden]
+        outside = [distance[patch] for patch in new - hidden]
+        assert max(inside, default=0) <= min(outside, default=1) + 1e-6
+    assert hidden_patches(noise, ratio)[1].sum() == count
+
+
+def test_grid_masks_show_a_regular_grid():
+    for grid in (2, 4, 6, 16):
+        rand = torch.rand(200, 2, generator=utils.generator("test", grid))
+        visible = ~hidden_patches(grid_noise(rand, grid), 0.75).view(-1, grid // 2, 2, grid // 2, 2)
+        corner = visible[:, :1, :, :1]  # of all 2x2 patches the same one
+        assert torch.equal(visible, corner.expand_as(visible))
+        assert corner.flatten(1).sum(1).tolist() == [1] * 200
+        assert corner.flatten(1).float().argmax(1).unique().tolist() == [0, 1, 2, 3]
+        half = hidden_patches(grid_noise(rand, grid), 0.5).view(-1, grid, grid)
+        assert (half[:, 1:] != half[:, :-1]).all() and (half[:, :, 1:] != half[:, :, :-1]).all()
+    visible = ~hidden_patches(grid_noise(rand, 16), 15 / 16).view(-1, 4, 4, 4, 4)
+    assert torch.equal(visible, visible[:, :1, :, :1].expand_as(visible))
+
+
+@pytest.mark.parametrize("masking", ["random", "block", "grid"])
+def test_masks_for_any_grid_and_ratio(masking):
+    rng = utils.generator("test", masking)
+    for grid in (1, 2, 3, 5, 7, 8, 14, 31):
+        for ratio in (0.01, 0.3, 0.5, 0.75, 0.9, 0.99):
+            noise = draw_noise(masking, 5, grid**2, ratio, rng)
+            assert noise.shape == (5, grid**2) and noise.dtype == torch.float32
+            assert noise.isfinite().all()
+            assert not torch.equal(noise[:1].expand_as(noise), noise) or grid == 1
+        again = [draw_noise(masking, 5, grid**2, 0.6, utils.generator(grid)) for _ in range(2)]
+        assert torch.equal(*again)
 
 
 def test_patches_come_back_as_the_image_they_were_cut_from():
@@ -228,6 +321,7 @@ def test_learning_rate_is_the_sources():
         ({"image_size": 18}, "image size 18 is no multiple of patch size 4"),
         ({"emb_dim": 25}, "width 25 is no multiple"),
         ({"decoder_head": 5}, "width 24 is no multiple"),
+        ({"decoder_dim": 10}, "decoder width 10 is no multiple of its heads, 3"),
         ({"mask_ratio": 1.0}, "mask ratio 1.0"),
         ({"mask_ratio": -0.1}, "mask ratio -0.1"),
         ({"mask_ratio": 0.99}, "leaves no patch"),

@@ -190,6 +190,20 @@ def test_same_run_in_any_layout(script):
         assert output(str(n)).count("epoch 6/6") == 1 and output(str(n), n - 1) == ""
 
 
+def test_eval_in_several_processes_draws_the_same_pictures():
+    classify()
+    flags = ["--eval", "cls.pth", "--dataset", "shapes", "--device", "cpu", "--precision", "fp32"]
+    pictures = []
+    for n in (1, 3):
+        os.makedirs(str(n))
+        shutil.copy("cls.pth", str(n))
+        assert train("train_classifier", flags, str(n), n) == [0] * n, output(str(n))
+        for name in ("confusion", "predictions"):
+            with open(f"{n}/cls-{name}.png", "rb") as file:
+                pictures.append(file.read())
+    assert pictures[:2] == pictures[2:]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_saved_by_two_processes_and_resumed_by_three_and_by_one(script):
     flags = SCRIPTS[script]

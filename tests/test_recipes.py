@@ -1,5 +1,6 @@
 """What goes past the published recipe: augmentation, fine-tuning settings, evaluation, export."""
 
+import io
 import os
 
 import numpy as np
@@ -256,6 +257,40 @@ def test_eval_shows_accuracy_by_class_and_the_confusion_matrix(capsys):
         assert img.size == (130 + 440, 30 + 440)
     assert scalars("logs/shapes/eval-cls", "cls/acc") == [(0, pytest.approx(acc))]
     assert len(events("logs/shapes/eval-cls").Images("cls/confusion")) == 1
+    with Image.open("cls-predictions.png") as img:
+        assert img.width == 8 + 8 * 136
+        shown = events("logs/shapes/eval-cls").Images("cls/predictions")
+        with Image.open(io.BytesIO(shown[0].encoded_image_string)) as other:
+            assert np.array_equal(np.asarray(img), np.asarray(other.convert("RGB")))
+    assert "pictures: cls-confusion.png, cls-predictions.png" in lines[-1]
+
+
+def test_predictions_show_mistakes_first_and_name_both_classes():
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 16, 16) * 2
+    true, predicted = torch.arange(100) % 3, torch.arange(100) % 3
+    for wrong, mistakes in ((torch.arange(0, 100, 2), 24), (torch.tensor([5, 50]), 2)):
+        predicted = true.clone()
+        predicted[wrong] = (true[wrong] + 1) % 3
+        classes = ["a", "a long name of a class", "日本語"]
+        img = train_classifier.draw_predictions(images, true, predicted, classes)
+        assert img.shape == (3, 28 + 5 * 170, 8 + 8 * 136)
+        levels = [
+            round(img[0, 28 + 170 * (i // 8) + 64, 8 + 136 * (i % 8) + 64].item() * 255 / 2)
+            for i in range(40)
+        ]
+        is_wrong = [level in wrong.tolist() for level in levels]
+        assert is_wrong == [True] * mistakes + [False] * (40 - mistakes)
+        assert len(set(levels)) == 40  # spread over all
+        assert max(levels[:mistakes]) > 46 and max(levels[mistakes:]) > 90
+        for i in range(40):
+            y, x = 28 + 170 * (i // 8) + 128, 8 + 136 * (i % 8)
+            names = img[:, y : y + 40, x : x + 128]
+            assert (names[:, :17] == names[:1, :17]).all() and names[:, :17].min() < 0.3  # black
+            red = (names[0] - names[1]).amax() > 0.5
+            green = (names[1] - names[0]).amax() > 0.3
+            assert (red, green) == (is_wrong[i], not is_wrong[i])
+    few = train_classifier.draw_predictions(images[:3], true[:3], true[:3], classes)
+    assert few.shape == (3, 28 + 170, 8 + 3 * 136)
 
 
 def test_confusion_counts_rows_by_true_class():

@@ -29,6 +29,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
+    signal_at_update,
     statuses,
 )
 
@@ -129,6 +130,7 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     name, log = SCRIPTS[script]
     flags = PRETRAIN if script == "mae_pretrain" else CLASSIFY
     flags = [*flags, *"--total_epoch 60 --batch_size 4 --save_minutes 0.0005".split()]
+    flags += ["--keep_every", "25"]
     for folder in ("undisturbed", "killed"):
         os.mkdir(folder)
     assert finish(script, flags, "undisturbed") == 0
@@ -152,7 +154,9 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     next_second()
     assert finish(script, [*flags, "--resume"], "killed") == 0
 
-    same_weights(f"killed/{name}.pth", f"undisturbed/{name}.pth")
+    kept = {f"{name}-0025.pth", f"{name}-0050.pth"}
+    for file in (f"{name}.pth", *kept):
+        same_weights(f"killed/{file}", f"undisturbed/{file}")
     folders = [f"{folder}/logs/shapes/{log}" for folder in ("killed", "undisturbed")]
     assert curves(folders[0]) == curves(folders[1])
     all_steps_once(folders[0], 60)
@@ -165,26 +169,8 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     results = [read(f"{f}/{name}.state.pth")["results"] for f in ("killed", "undisturbed")]
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     leftover = {"vit-t-mae.png"} if script == "mae_pretrain" else set()
-    expected = {"logs", f"{name}.pth", f"{name}.state.pth"} | leftover
+    expected = {"logs", f"{name}.pth", f"{name}.state.pth"} | leftover | kept
     assert {f for f in os.listdir("killed") if not f.endswith(".part")} == expected
-
-
-@contextlib.contextmanager
-def signal_at_update(number, at):
-    """Send the process a signal while its update `at` is under way."""
-    end_update, seen = utils.Progress.end_update, []
-
-    def counting(self):
-        seen.append(1)
-        if len(seen) == at:
-            os.kill(os.getpid(), number)
-        end_update(self)
-
-    utils.Progress.end_update = counting
-    try:
-        yield
-    finally:
-        utils.Progress.end_update = end_update
 
 
 @pytest.mark.parametrize(
@@ -589,6 +575,51 @@ def test_stopped_in_fp16_goes_on_with_the_scale(script, at, monkeypatch):
     assert found == whole
     same_weights(f"{name}.pth", "whole.pth")
     assert read(f"{name}.state.pth")["results"] == results
+
+
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_keep_every_keeps_the_model_of_that_epoch(script):
+    """Also where nothing else would be saved; and a resumed run may begin to keep."""
+    name = "vit-t-mae" if script is pretrain else "cls"
+    found = []
+    save = utils.Run.save
+
+    def noting(self):
+        found.append((self.epoch, {k: v.clone() for k, v in self.model.state_dict().items()}))
+        save(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.Run, "save", noting)
+        patch.setattr(utils.Run, "save_is_due", lambda *_: False)
+        script("--total_epoch", "5", "--keep_every", "2")
+    assert [epoch for epoch, _ in found] == [0, 2, 4, 5]
+    for epoch, weights in found[1:3]:
+        file = read(f"{name}-000{epoch}.pth")
+        assert file["epoch"] == epoch and file["kind"] == read(f"{name}.pth")["kind"]
+        assert all(torch.equal(file["model"][key], weights[key]) for key in weights)
+    assert not os.path.exists(f"{name}-0005.pth")
+
+    flags = ["--total_epoch", "5", "--seed", "1"]
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
+        script(*flags)
+    script("--resume", "--keep_every", "3", *flags)
+    assert read(f"{name}-0003.pth")["epoch"] == 3
+
+
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_a_state_from_before_a_flag_goes_on_with_its_default(script):
+    name = "vit-t-mae" if script is pretrain else "cls"
+    script("--save_minutes", "0")
+    os.rename(f"{name}.pth", "whole.pth")
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
+        script()
+    state = read(f"{name}.state.pth")
+    for flag in ("masking", "decoder_dim", "keep_every"):
+        state["args"].pop(flag, None)
+    torch.save(state, f"{name}.state.pth")
+    script("--resume")
+    same_weights(f"{name}.pth", "whole.pth")
+    assert read(f"{name}.state.pth")["args"]["keep_every"] is None
 
 
 def test_precision_may_change_to_and_from_fp16():

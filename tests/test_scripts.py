@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,7 @@ from conftest import (
     read,
     same_weights,
     scalars,
+    signal_at_update,
     statuses,
 )
 from PIL import Image
@@ -214,6 +216,45 @@ def test_same_arguments_give_the_same_bits():
     same_weights("cls-a.pth", "cls-b.pth")
 
 
+@pytest.mark.parametrize("masking", ["block", "grid"])
+def test_other_masks_for_any_micro_batch_and_in_the_pictures(masking):
+    flags = ["--masking", masking, "--mask_ratio", "0.5", "--base_learning_rate", "1e-2"]
+    pretrain(*flags, "--model_path", "whole.pth")
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
+        pretrain(*flags)
+    pretrain("--resume", "--max_device_batch_size", "7")
+    same_weights("vit-t-mae.pth", "whole.pth", 1e-5)
+    pretrain("--model_path", "random.pth", *flags[2:])
+    different = read("whole.pth")["model"]["decoder.head.bias"], read("random.pth")["model"]
+    assert not torch.allclose(different[0], different[1]["decoder.head.bias"], atol=1e-4)
+
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save("white.png")
+    show = ["--reconstruct", "white.png", "--masking", masking, "--mask_ratio", "0.5", "0.75"]
+    mae_pretrain.main(mae_pretrain.get_args(show))
+    with Image.open("vit-t-mae-reconstructed.png") as img:
+        pixels = np.asarray(img.resize((5 * 32, 32), Image.Resampling.NEAREST).convert("L"))
+    for i, hidden in enumerate([8, 12]):  # of 4x4 patches
+        patches = pixels[4::8, 64 * i + 4 : 64 * i + 36 : 8] < 200
+        assert patches.sum() == hidden
+        changes = (patches[1:] != patches[:-1]).sum() + (patches[:, 1:] != patches[:, :-1]).sum()
+        assert changes <= 9 if masking == "block" else changes >= 12
+
+
+def test_a_narrow_decoder_through_both_scripts():
+    flags = "--decoder_dim 8 --decoder_head 2".split()
+    pretrain(*flags, "--model_path", "whole.pth")
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
+        pretrain(*flags)
+    pretrain("--resume")
+    same_weights("vit-t-mae.pth", "whole.pth")
+    file = read("vit-t-mae.pth")
+    assert file["architecture"]["decoder_dim"] == 8
+    assert file["model"]["decoder.mask_token"].shape == (1, 1, 8)
+    classify("--pretrained_model_path", "vit-t-mae.pth", "--total_epoch", "1")
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save("white.png")
+    mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "white.png"]))
+
+
 def test_norm_pix_loss_and_one_validation_image(tmp_path):
     Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / "only.png")
     flags = ["--dataset", "folder", "--data_path", str(tmp_path), "--train_images", "1"]
@@ -318,34 +359,36 @@ def test_a_cpu_gets_what_it_can_use(width, patches, micro_batch, threads, monkey
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     args = argparse.Namespace(batch_size=256, max_device_batch_size=None, precision="fp32")
     args.compile, module = None, torch.nn.Linear(1, 1)
-    tokens = [1 + patches // 4] * 3 + [1 + patches]
-    prepared = utils.prepare_model(module, [torch.device("cpu")], args, [], width, tokens, 0)
+    blocks = [(1 + patches // 4, width)] * 3 + [(1 + patches, width)]
+    prepared = utils.prepare_model(module, [torch.device("cpu")], args, [], blocks, 0)
     assert (prepared[1], chosen) == (micro_batch, [threads])
 
 
-GB, MAE_TOKENS, VIT_TOKENS = 1e9, [65] * 12 + [257] * 4, [257] * 12
+GB, MAE, VIT = 1e9, [(65, 192)] * 12 + [(257, 192)] * 4, [(257, 192)] * 12
+NARROW = [(65, 192)] * 12 + [(257, 64)] * 4  # --decoder_dim 64
 
 
 @pytest.mark.parametrize(
-    ("share", "limit", "precision", "tokens", "free", "micro_batch"),
+    ("share", "limit", "precision", "blocks", "free", "micro_batch"),
     [
-        (4096, None, "bf16", MAE_TOKENS, 79 * GB, 1024),  # an H100
-        (4096, None, "bf16", MAE_TOKENS, 39 * GB, 1024),  # an A100 of 40 GB
-        (4096, None, "fp16", MAE_TOKENS, 14.5 * GB, 512),  # a T4
-        (4096, None, "bf16", MAE_TOKENS, 5.2 * GB, 128),  # a laptop's 6 GB
-        (4096, None, "fp32", MAE_TOKENS, 14.5 * GB, 256),
-        (128, None, "bf16", VIT_TOKENS, 79 * GB, 128),  # the classifier's whole batch
-        (4096, None, "bf16", VIT_TOKENS, 14.5 * GB, 256),
-        (512, None, "bf16", MAE_TOKENS, 79 * GB, 512),  # one of 8 GPUs
-        (3000, None, "bf16", MAE_TOKENS, 79 * GB, 1000),  # three equal ones
-        (4096, 100, "bf16", MAE_TOKENS, 79 * GB, 100),  # 41: 40 of 100 images, one of 96
-        (4096, 2048, "bf16", MAE_TOKENS, 79 * GB, 1024),
-        (4096, 1024, "bf16", MAE_TOKENS, 5.2 * GB, 128),
-        (4096, None, "bf16", MAE_TOKENS, 0.0, 1),
+        (4096, None, "bf16", MAE, 79 * GB, 1024),  # an H100
+        (4096, None, "bf16", MAE, 39 * GB, 1024),  # an A100 of 40 GB
+        (4096, None, "fp16", MAE, 14.5 * GB, 512),  # a T4
+        (4096, None, "bf16", MAE, 5.2 * GB, 128),  # a laptop's 6 GB
+        (4096, None, "fp32", MAE, 14.5 * GB, 256),
+        (128, None, "bf16", VIT, 79 * GB, 128),  # the classifier's whole batch
+        (4096, None, "bf16", VIT, 14.5 * GB, 256),
+        (512, None, "bf16", MAE, 79 * GB, 512),  # one of 8 GPUs
+        (3000, None, "bf16", MAE, 79 * GB, 1000),  # three equal ones
+        (4096, 100, "bf16", MAE, 79 * GB, 100),  # 41: 40 of 100 images, one of 96
+        (4096, 2048, "bf16", MAE, 79 * GB, 1024),
+        (4096, 1024, "bf16", MAE, 5.2 * GB, 128),
+        (4096, None, "bf16", MAE, 0.0, 1),
+        (4096, None, "bf16", NARROW, 5.2 * GB, 256),
     ],
 )
-def test_a_gpu_gets_what_fits(share, limit, precision, tokens, free, micro_batch):
-    size = utils.choose_micro_batch_size(share, limit, precision, 192, tokens, free)
+def test_a_gpu_gets_what_fits(share, limit, precision, blocks, free, micro_batch):
+    size = utils.choose_micro_batch_size(share, limit, precision, blocks, free)
     assert size == micro_batch
 
 
@@ -419,6 +462,10 @@ BAD_FLAGS = [
     ("--patch_size 5", "image size 32 is no multiple of patch size 5"),
     ("--emb_dim 25", "width 25 is no multiple"),
     ("--decoder_head 5", "width 24 is no multiple"),
+    ("--decoder_dim 10", "decoder width 10 is no multiple of its heads, 3"),
+    ("--decoder_dim 0", "--decoder_dim"),
+    ("--masking blocks", "--masking"),
+    ("--keep_every 0", "--keep_every"),
     ("--dataset imagenet", "--dataset"),
     ("--dataset folder --data_path nowhere", "nowhere"),
     ("--dataset cifar10 --image_size 64", "32x32"),
@@ -685,7 +732,7 @@ def test_a_long_run_on_one_gpu_is_compiled_by_default(gpus, images, compiled, mo
     args = argparse.Namespace(batch_size=4096, max_device_batch_size=None, precision="fp32")
     args.compile, devices = None, [torch.device("cuda", i) for i in range(gpus)]
     module = torch.nn.Linear(1, 1)
-    _, size, chosen = utils.prepare_model(module, devices, args, [], 192, MAE_TOKENS, images)
+    _, size, chosen = utils.prepare_model(module, devices, args, [], MAE, images)
     expected = {"device": f"{gpus} x GPU", "precision": "fp32", "compile": compiled}
     assert chosen == expected | {"micro-batch": 1024} and size == 1024 * gpus
     assert demands == [None]  # a wish: what does not compile runs uncompiled
