@@ -345,7 +345,8 @@ def draw_predictions(images, true, predicted, classes):
     size = gap + columns * width, top + math.ceil(len(shown) / columns) * height
     img = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(img)
-    draw.text((gap, gap), "black: true, red or green: predicted", "black", font_size=14)
+    title = "true class, and below it the predicted one: green if right, else red"
+    draw.text((gap, gap), title, "black", font_size=14)
     for i, index in enumerate(shown):
         x, y = gap + i % columns * width, top + i // columns * height
         img.paste(to_pil_image(images[index].cpu()).resize((side, side)), (x, y))

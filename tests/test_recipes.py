@@ -2,12 +2,13 @@
 
 import io
 import os
+import re
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import classify, events, pretrain, read, same_weights, scalars
+from conftest import REPOSITORY, classify, events, pretrain, read, same_weights, scalars
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
@@ -414,8 +415,22 @@ def test_a_strangers_folder(capsys):
     assert "猫: " in capsys.readouterr().out
 
 
-def test_pretrained_file_opens_in_plain_torch():
-    pretrain()
-    file = torch.load("vit-t-mae.pth", weights_only=True)
-    model = MAE_ViT(**file["architecture"])
-    model.load_state_dict(file["model"])
+def test_the_python_of_the_readme_runs(monkeypatch):
+    pretrain("--decoder_dim", "12")
+    classify("--output_model_path", "vit-t-classifier-from_scratch.pth")
+    dataset = utils.read_shapes(32)
+    monkeypatch.setattr(utils, "read_cifar", lambda name, folder: dataset)
+    with open(os.path.join(REPOSITORY, "README.md")) as readme:
+        snippets = re.findall(r"```python\n(.*?)```", readme.read(), re.DOTALL)
+    assert len(snippets) == 2
+    found = {}
+    for snippet in snippets:
+        exec(snippet, found)
+    assert isinstance(found["model"], MAE_ViT)  # read by plain PyTorch
+    img = utils.to_float(dataset.val_images)
+    with torch.no_grad():
+        logits = found["classifier"].eval()(img)
+        torch.testing.assert_close(found["vit"].eval()(img), logits, rtol=1e-5, atol=1e-5)
+        found["model"].encoder.shuffle.ratio = 0.0
+        tokens, _ = found["model"].encoder(img)  # in another order, which makes no difference
+    torch.testing.assert_close(found["features"], tokens[0], rtol=1e-5, atol=1e-5)
