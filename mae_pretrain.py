@@ -95,7 +95,7 @@ def draw_noise(masking, n, num_patches, mask_ratio, rng):
     """Draw the noise [n,T] by which a model of this mask ratio hides patches of n images."""
     grid = math.isqrt(num_patches)
     if masking == "block":
-        return block_noise(torch.rand(n, 16, 4, generator=rng), grid, mask_ratio)
+        return block_noise(torch.rand(n, 10, 4, generator=rng), grid, mask_ratio)
     if masking == "grid":
         return grid_noise(torch.rand(n, 2, generator=rng), grid)
     return torch.rand(n, num_patches, generator=rng)
@@ -104,10 +104,10 @@ def draw_noise(masking, n, num_patches, mask_ratio, rng):
 def block_noise(rand, grid, mask_ratio):
     """Noise that hides rectangles of random size, shape and place, one after the other.
 
-    rand [n,K,4] in [0, 1) makes K rectangles for each of n images -> noise [n,grid**2]. They are
-    BEiT's (arXiv:2106.08254, Algorithm 1): from 8 % of the image to mask_ratio, with sides in a
-    ratio of up to 10 to 3. Of the last, the patches nearest to its centre are hidden. If K do not
-    suffice, they grow.
+    rand [n,K,4] in [0, 1) makes K rectangles for each of n images -> noise [n,grid**2]. After BEiT
+    (arXiv:2106.08254, Algorithm 1) they cover from 8 % of the image to mask_ratio each, with sides
+    in a ratio of up to 10 to 3. Of the last, the patches nearest to its centre are hidden; in BEiT
+    it is drawn no larger than what is left to hide. If K rectangles do not suffice, they grow.
     """
     area, shape, *place = rand.unbind(-1)  # [n,K] each
     smallest = min(16 / 196, mask_ratio)

@@ -328,7 +328,7 @@ def draw_confusion(counts, classes):
 
 
 def draw_predictions(images, true, predicted, classes):
-    """Up to 24 mistakes, then images that were classified right, 40 in all -> [3,H,W] in [0, 1].
+    """Up to 24 mistakes, then images classified right, up to 40 in all -> [3,H,W] in [0, 1].
 
     images uint8 [N,3,H,W], true and predicted [N]. Both kinds are spread evenly over the N images.
     """
@@ -342,7 +342,7 @@ def draw_predictions(images, true, predicted, classes):
     shown = mistakes + some((true == predicted).nonzero()[:, 0], 40 - len(mistakes))
     side, gap, top, columns = 128, 8, 28, min(8, len(shown))
     width, height = side + gap, side + 42
-    size = gap + columns * width, top + math.ceil(len(shown) / columns) * height
+    size = max(440, gap + columns * width), top + math.ceil(len(shown) / columns) * height
     img = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(img)
     title = "true class, and below it the predicted one: green if right, else red"
@@ -352,8 +352,8 @@ def draw_predictions(images, true, predicted, classes):
         img.paste(to_pil_image(images[index].cpu()).resize((side, side)), (x, y))
         names = classes[true[index]], classes[predicted[index]]
         colour = "green" if names[0] == names[1] else "red"
-        draw.text((x, y + side), names[0][:18], "black", font_size=14)
-        draw.text((x, y + side + 17), names[1][:18], colour, font_size=14)
+        draw.text((x, y + side), names[0][:16], "black", font_size=14)
+        draw.text((x, y + side + 17), names[1][:16], colour, font_size=14)
     return to_tensor(img)
 
 

@@ -838,7 +838,7 @@ def model_bytes(model, architecture, args, **more):
 
 
 class InertModule(torch.nn.Module):
-    """Stands in for every class and function in a pickle: it may hold parameters, runs nothing."""
+    """Stands in for what a pickle names and PyTorch does not allow: it runs nothing."""
 
     def __init__(self, module=None, *_):  # with arguments where a pickle would call something
         super().__init__()
@@ -854,7 +854,7 @@ class InertModule(torch.nn.Module):
 def read_checkpoint(path):
     """torch.load without executing anything: tensors, plain values and InertModules.
 
-    Raises InputError for what is not there or is damaged.
+    Raises InputError for what is not there, is damaged, or names what PyTorch blocks (os.system).
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}")
@@ -868,7 +868,8 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([(InertModule, name) for name in asked]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can trip its reader anywhere
-        cause = str(error).rpartition("from a trusted source.")[2]  # not the advice to run it
+        # PyTorch's message begins with the advice to run what is in the file.
+        cause = re.sub("(?s).*(a trusted source.|Unpickler error:)|Check the doc.*", "", str(error))
         raise InputError(f"cannot read {path} as a PyTorch checkpoint: {cause}") from error
 
 
@@ -881,7 +882,7 @@ def load_model(path, kind):
     """Read a model file -> model, its architecture, the file's whole content.
 
     kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
-    whole module as the source pickles it; each may come from DataParallel or torch.compile. A bare
+    whole module as the source pickles it, maybe within DataParallel or torch.compile's. A bare
     state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
     0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
     shapes and finite values.

@@ -291,7 +291,7 @@ def test_predictions_show_mistakes_first_and_name_both_classes():
             green = (names[1] - names[0]).amax() > 0.3
             assert (red, green) == (is_wrong[i], not is_wrong[i])
     few = train_classifier.draw_predictions(images[:3], true[:3], true[:3], classes)
-    assert few.shape == (3, 28 + 170, 8 + 3 * 136)
+    assert few.shape == (3, 28 + 170, 440)  # as wide as its title
 
 
 def test_confusion_counts_rows_by_true_class():
