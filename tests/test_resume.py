@@ -598,6 +598,8 @@ def test_keep_every_keeps_the_model_of_that_epoch(script):
         assert file["epoch"] == epoch and file["kind"] == read(f"{name}.pth")["kind"]
         assert all(torch.equal(file["model"][key], weights[key]) for key in weights)
     assert not os.path.exists(f"{name}-0005.pth")
+    script("--keep_every", "1")
+    assert read(f"{name}-0001.pth")["epoch"] == 1  # also where it is the best so far
 
     flags = ["--total_epoch", "5", "--seed", "1"]
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):

@@ -240,9 +240,18 @@ def test_other_masks_for_any_micro_batch_and_in_the_pictures(masking):
         assert changes <= 9 if masking == "block" else changes >= 12
 
 
-def test_a_narrow_decoder_through_both_scripts():
+def test_a_narrow_decoder_through_both_scripts(monkeypatch):
     flags = "--decoder_dim 8 --decoder_head 2".split()
-    pretrain(*flags, "--model_path", "whole.pth")
+    prepare_model, found = utils.prepare_model, []
+
+    def noting(*args, blocks, **more):
+        found.append(blocks)
+        return prepare_model(*args, blocks=blocks, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "prepare_model", noting)
+        pretrain(*flags, "--model_path", "whole.pth")
+    assert found == [[(5, 24), (17, 8)]]  # the micro-batch is chosen by these
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
         pretrain(*flags)
     pretrain("--resume")
