@@ -291,10 +291,9 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
 
     # The same images and masks at every epoch; spread, as a folder is sorted by class.
-    n = min(16, len(dataset.val_images))
-    shown = dataset.val_images[torch.arange(n) * len(dataset.val_images) // n]
+    shown = dataset.val_images[utils.evenly_spaced(len(dataset.val_images), 16)]
     rng = utils.generator("shown", args.seed)
-    shown_noise = draw_noise(args.masking, n, num_patches, args.mask_ratio, rng).to(device)
+    shown_noise = draw_noise(args.masking, len(shown), num_patches, args.mask_ratio, rng).to(device)
 
     fingerprint = utils.checksum(*dataset[:4])
     run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, scaler, fingerprint)

@@ -334,12 +334,9 @@ def draw_predictions(images, true, predicted, classes):
     """
     from torchvision.transforms.functional import to_pil_image, to_tensor
 
-    def some(indexes, n):
-        n = min(n, len(indexes))
-        return indexes[torch.arange(n) * len(indexes) // max(n, 1)].tolist()
-
-    mistakes = some((true != predicted).nonzero()[:, 0], 24)
-    shown = mistakes + some((true == predicted).nonzero()[:, 0], 40 - len(mistakes))
+    wrong, right = (x.nonzero()[:, 0] for x in (true != predicted, true == predicted))
+    mistakes = wrong[utils.evenly_spaced(len(wrong), 24)].tolist()
+    shown = mistakes + right[utils.evenly_spaced(len(right), 40 - len(mistakes))].tolist()
     side, gap, top, columns = 128, 8, 28, min(8, len(shown))
     width, height = side + gap, side + 42
     size = max(440, gap + columns * width), top + math.ceil(len(shown) / columns) * height

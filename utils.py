@@ -559,11 +559,17 @@ def load_dataset(args, device, need_classes=True):
     return Dataset(*(x.to(device) for x in dataset[:4]), dataset.classes)
 
 
+def evenly_spaced(total, n):
+    """The indexes of n of `total` items, or of all if there are fewer, evenly spaced."""
+    n = min(n, total)
+    return torch.arange(n) * total // max(n, 1)
+
+
 def spread(labels, n, flag):
     """The indexes of n of the labels [N], spread evenly over the classes and over each class."""
     if n > len(labels):
         raise InputError(f"{flag} {n}: there are only {len(labels)} training images")
-    return labels.argsort(stable=True)[torch.arange(n) * len(labels) // n]
+    return labels.argsort(stable=True)[evenly_spaced(len(labels), n)]
 
 
 def read_cifar(name, root):

@@ -611,7 +611,7 @@ def test_keep_every_keeps_the_model_of_that_epoch(script):
 @pytest.mark.parametrize("script", [pretrain, classify])
 def test_a_state_from_before_a_flag_goes_on_with_its_default(script):
     name = "vit-t-mae" if script is pretrain else "cls"
-    script("--save_minutes", "0")
+    script()
     os.rename(f"{name}.pth", "whole.pth")
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
         script()
