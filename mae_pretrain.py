@@ -62,11 +62,11 @@ def get_args(argv=None):
     add("--encoder_layer", type=utils.positive_int, default=12,
         help="number of Transformer blocks of the encoder")
     add("--encoder_head", type=utils.positive_int, default=3,
-        help="number of attention heads of each")
+        help="attention heads per block of the encoder")
     add("--decoder_layer", type=utils.positive_int, default=4,
         help="number of Transformer blocks of the decoder")
     add("--decoder_head", type=utils.positive_int, default=3,
-        help="number of attention heads of each")
+        help="attention heads per block of the decoder")
     add("--decoder_dim", type=utils.positive_int, metavar="N",
         help="embedding dimension of the decoder; a multiple of its heads (default: emb_dim)")
     open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
@@ -82,7 +82,7 @@ def get_args(argv=None):
     parser.add_argument("--augment", action="store_true",
         help="train on random resized crops, half of them flipped, as in the paper")
     parser.add_argument("--reconstruct", metavar="PATH",
-        help="no training: the model of --model_path reconstructs an image, or the first 16 of a "
+        help="no training: the model of --model_path reconstructs an image, or 16 spread over a "
              "folder, in a PNG beside it (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
@@ -203,12 +203,11 @@ def reconstruct_images(args):
     """--reconstruct: images through a trained model, masked and reconstructed at each ratio."""
     model, architecture, content = utils.load_model(args.model_path, "MAE_ViT")
     norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
-    path = os.path.splitext(args.model_path)[0] + "-reconstructed.png"
-    utils.check_outputs(path)
-    is_file = os.path.isfile(args.reconstruct)
-    files = [(args.reconstruct, 0)] if is_file else utils.list_images(args.reconstruct)[0]
-    img = utils.to_float(utils.decode(files[:16], architecture["image_size"])[0])
-    num_patches, columns = len(model.encoder.pos_embedding), []
+    path = utils.free_path(os.path.splitext(args.model_path)[0] + "-reconstructed.png")
+    files = utils.list_images(args.reconstruct)[0]
+    shown = [files[i] for i in utils.evenly_spaced(len(files), 16)]
+    img = utils.to_float(utils.decode(shown, architecture["image_size"])[0])
+    num_patches, columns, names = len(model.encoder.pos_embedding), [], []
     for ratio in args.mask_ratio if isinstance(args.mask_ratio, list) else [args.mask_ratio]:
         if count_visible(num_patches, ratio) == 0:
             raise utils.InputError(f"--mask_ratio {ratio} leaves no patch visible")
@@ -216,24 +215,27 @@ def reconstruct_images(args):
         rng = utils.generator("shown", args.seed)
         noise = draw_noise(args.masking, len(img), num_patches, ratio, rng)
         columns += reconstruct(model, img, noise, architecture["patch_size"], norm_pix_loss)
-    grid = torch.stack([*columns, img])  # [2 * ratios + 1,B,3,H,W]
-    grid = (rearrange(grid, "v b c h w -> c (b h) (v w)") + 1) / 2
-    utils.write_file(path, utils.png_bytes(grid.clamp(0, 1)))
+        names += [f"{ratio:.0%} masked", "reconstructed"]
+    names.append("original")
+    images = torch.stack([*columns, img], 1).flatten(0, 1)  # a row for each image
+    images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+    utils.write_file(path, utils.png_bytes(utils.draw_images(images, len(names), names)))
     utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 
 def random_resized_crop(img, draw):
-    """Crop a fifth to all of each image, resize it to the image's size, and flip half of them.
+    """Crop 20-100 % of each image, resize it to the image's size, and flip half of them.
 
-    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. Paper, appendix A.1; the ranges are
-    those of torchvision's RandomResizedCrop, which draws one crop for a whole batch.
+    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. Paper, appendix A.1; the range of
+    areas is that of its code, facebookresearch/mae. torchvision's RandomResizedCrop draws one crop
+    for a whole batch.
     """
     area, stretch = 0.2 + 0.8 * draw[:, 0], (4 / 3) ** (2 * draw[:, 1] - 1)
     width, height = ((area * x).sqrt().clamp(max=1) for x in (stretch, 1 / stretch))
     x, y = (2 * draw[:, 2] - 1) * (1 - width), (2 * draw[:, 3] - 1) * (1 - height)
     flip, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
-    rows = torch.stack([flip * width, zero, x]), torch.stack([zero, height, y])
-    return utils.warp(img, torch.stack(rows).permute(2, 0, 1), "bicubic", "border").clamp(-1, 1)
+    matrix = torch.stack([flip * width, zero, x, zero, height, y], 1).view(-1, 2, 3)
+    return utils.warp(img, matrix, "bicubic", "border").clamp(-1, 1)
 
 
 def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop=()):
@@ -335,7 +337,8 @@ def main(args):
             f"\nLook at {png_path}: 16 images, each masked, reconstructed and as it was drawn.\n"
             "See next what pretraining is worth with 500 labels, from scratch and pretrained:\n"
             "    python train_classifier.py --demo\n"
-            f"    python train_classifier.py --demo --pretrained_model_path {model_path}"
+            f"    python train_classifier.py --demo --pretrained_model_path {model_path} "
+            "--output_model_path vit-t-classifier-demo-pretrained.pth"
         )
 
 

@@ -5,11 +5,12 @@
                                --output_model_path vit-t-classifier-from_pretrained.pth
     python train_classifier.py --demo [--pretrained_model_path vit-t-mae-demo.pth]
     python train_classifier.py --eval vit-t-classifier-from_scratch.pth
+    python train_classifier.py --eval vit-t-classifier-from_scratch.pth --predict IMAGES
     tensorboard --logdir logs
 
 Prints the accuracy on the validation images after every epoch, and writes the classifier of the
 best epoch to --output_model_path. The demo takes half a minute on two CPU cores and reaches 36 %
-from scratch, 63 % from the pretrained encoder (means of 3 seeds; see tests/RESULTS.md).
+from scratch, 63 % from the pretrained encoder (see tests/RESULTS.md).
 """
 
 import copy
@@ -24,13 +25,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
 
 from model import MAE_Encoder, ViT_Classifier
 
-ENCODER = {
-    "image_size": 32,
-    "patch_size": 2,
-    "emb_dim": 192,
-    "encoder_layer": 12,
-    "encoder_head": 3,
-}
+ENCODER = dict(image_size=32, patch_size=2, emb_dim=192, encoder_layer=12, encoder_head=3)
 # 500 labels, where mae_pretrain.py --demo saw 10,000 images.
 DEMO = {
     "dataset": "shapes",
@@ -51,8 +46,10 @@ def get_args(argv=None):
         help="set defaults for a run of a minute without network: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model",
-        "read from the file where --pretrained_model_path is given").add_argument
+        "with --pretrained_model_path, read from that file").add_argument
     add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
+    add("--from_scratch", action="store_true",
+        help="take the sizes of the pretrained model only, and new weights: for comparison")
     add("--image_size", type=utils.positive_int, help="side of the images in pixels (default: 32)")
     add("--patch_size", type=utils.positive_int, help="side of a patch in pixels (default: 2)")
     add("--emb_dim", type=utils.positive_int,
@@ -60,7 +57,7 @@ def get_args(argv=None):
     add("--encoder_layer", type=utils.positive_int,
         help="number of Transformer blocks (default: 12)")
     add("--encoder_head", type=utils.positive_int,
-        help="number of attention heads of each (default: 3)")
+        help="attention heads per block (default: 3)")
     add = parser.add_argument_group("recipe").add_argument
     add("--augment", type=utils.checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
         const=1.0, metavar="STRENGTH",
@@ -80,12 +77,16 @@ def get_args(argv=None):
              "and report its accuracy on the test images (default: choose on those)")
     add("--eval", metavar="FILE",
         help="no training: accuracy by class, confusion matrix and a picture of mistakes of a "
-             "saved classifier (default: train)")
+             "saved classifier, on the dataset of its run if no other is given (default: train)")
+    add("--predict", metavar="PATH",
+        help="with --eval: the class of an image, or of each image of a folder (default: off)")
     utils.add_shared_flags(parser, "--output_model_path",
         "scratch-cls, pretrain-cls, probe-cls or eval-cls", seed=2022, batch_size=128,
         base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
         warmup_epoch=5, output_model_path="vit-t-classifier-from_scratch.pth")
     # fmt: on
+    if parser.parse_known_args(argv)[0].eval:
+        parser.set_defaults(dataset=None, data_path=None)  # evaluate_file takes those of the file
     return parser.parse(argv, DEMO, "output_model_path")
 
 
@@ -107,7 +108,8 @@ def get_encoder(args):
             )
         setattr(args, name, value or architecture[name])
     architecture = {name: getattr(args, name) for name in ENCODER}
-    return mae.encoder if path else MAE_Encoder(*architecture.values()), architecture
+    new = args.from_scratch or not path
+    return MAE_Encoder(*architecture.values()) if new else mae.encoder, architecture
 
 
 def parameter_groups(model, layer_decay):
@@ -155,11 +157,9 @@ def distort(img, draw):
         ((2 * u - 1) * (width // 8)).round() / width * 2 for u in (shift_x, shift_y)
     )
     flip, turn = (flip < 0.5) * 2 - 1, turn * math.radians(30)
-    rows = (
-        torch.stack([flip * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x]),
-        torch.stack([flip * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y]),
-    )
-    img = utils.warp(img, torch.stack(rows).permute(2, 0, 1))
+    to_x = flip * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x
+    to_y = flip * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y
+    img = utils.warp(img, torch.stack([*to_x, *to_y], 1).view(-1, 2, 3))
 
     def blend(base, strength):
         return base + (img - base) * (1 + 0.9 * strength)
@@ -250,23 +250,20 @@ def train_batch(
 
 
 @torch.no_grad()
-def predict(net, images, labels, micro_batch_size):
-    """This process's shard of the images -> its summed loss, classes predicted [n], true [n]."""
-    loss, predicted = torch.zeros((), dtype=torch.float64, device=images.device), []
-    images, labels = utils.shard(images), utils.shard(labels)
-    for img, label in zip(*(x.split(micro_batch_size) for x in (images, labels)), strict=True):
-        logits = net(utils.to_float(img)).float()  # [b,num_classes]
-        loss += cross_entropy(logits, label, reduction="sum")
-        predicted.append(logits.argmax(-1))
-    return loss, torch.cat(predicted), labels
+def predict(net, images, micro_batch_size):
+    """Outputs of net for all images, in every process: [N,num_classes], or [N,C] of an encoder."""
+    micro_batches = utils.shard(images).split(micro_batch_size)
+    own = torch.cat([net(utils.to_float(img)).float() for img in micro_batches])
+    outputs = own.new_zeros(len(images), own.shape[1])
+    utils.shard(outputs).copy_(own)
+    return utils.reduce_over_processes(outputs)
 
 
 def evaluate(net, images, labels, micro_batch_size):
     """Mean loss and accuracy, exact for any micro-batch size and number of processes."""
-    loss, predicted, true = predict(net, images, labels, micro_batch_size)
-    sums = torch.stack([loss, (predicted == true).sum()])
-    loss, acc = (utils.reduce_over_processes(sums) / len(images)).tolist()
-    return {"loss": loss, "acc": acc}
+    logits = predict(net, images, micro_batch_size)
+    right = (logits.argmax(-1) == labels).sum().item()
+    return {"loss": cross_entropy(logits.double(), labels).item(), "acc": right / len(images)}
 
 
 @torch.no_grad()
@@ -280,10 +277,7 @@ def extract_features(model, precision, micro_batch_size, train_images, *others):
     encoder = copy.deepcopy(model).to(device)
     encoder.head = torch.nn.Identity()
     net = utils.Accelerated(encoder, device, precision)
-    train, *rest = (
-        torch.cat([net(utils.to_float(img)).float() for img in images.split(micro_batch_size)])
-        for images in (train_images, *others)
-    )
+    train, *rest = (predict(net, images, micro_batch_size) for images in (train_images, *others))
     norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(device)
     norm(train)
     norm.eval()
@@ -318,12 +312,12 @@ def draw_confusion(counts, classes):
     draw.text((4, 2), "rows: true,\ncolumns: predicted" if left else "", "black")
     for i, name in enumerate(classes if left else []):
         middle = i * cell + cell // 2
-        draw.text((left - 6, top + middle), f"{name[:16]} {i}", "black", anchor="rm")
+        utils.write_text(draw, (left - 6, top + middle), f"{i} {name}", left - 10, anchor="rm")
         draw.text((left + middle, top - 6), f"{i}", "black", anchor="mb")
         for j in range(k):
             colour = "white" if share[i, j] > 0.5 else "black"
-            where = left + j * cell + cell // 2, top + middle
-            draw.text(where, f"{counts[i, j]}", colour, anchor="mm")
+            x = left + j * cell + cell // 2
+            draw.text((x, top + middle), f"{counts[i, j]}", colour, anchor="mm")
     return to_tensor(img)
 
 
@@ -332,26 +326,14 @@ def draw_predictions(images, true, predicted, classes):
 
     images uint8 [N,3,H,W], true and predicted [N]. Both kinds are spread evenly over the N images.
     """
-    from torchvision.transforms.functional import to_pil_image, to_tensor
-
     wrong, right = (x.nonzero()[:, 0] for x in (true != predicted, true == predicted))
-    mistakes = wrong[utils.evenly_spaced(len(wrong), 24)].tolist()
-    shown = mistakes + right[utils.evenly_spaced(len(right), 40 - len(mistakes))].tolist()
-    side, gap, top, columns = 128, 8, 28, min(8, len(shown))
-    width, height = side + gap, side + 42
-    size = max(440, gap + columns * width), top + math.ceil(len(shown) / columns) * height
-    img = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(img)
+    mistakes = wrong[utils.evenly_spaced(len(wrong), 24)]
+    shown = torch.cat([mistakes, right[utils.evenly_spaced(len(right), 40 - len(mistakes))]])
+    pairs = zip(true[shown].tolist(), predicted[shown].tolist(), strict=True)
+    names = [f"{i} {name}" for i, name in enumerate(classes)]
+    captions = [[(names[t], "black"), (names[p], "green" if t == p else "red")] for t, p in pairs]
     title = "true class, and below it the predicted one: green if right, else red"
-    draw.text((gap, gap), title, "black", font_size=14)
-    for i, index in enumerate(shown):
-        x, y = gap + i % columns * width, top + i // columns * height
-        img.paste(to_pil_image(images[index].cpu()).resize((side, side)), (x, y))
-        names = classes[true[index]], classes[predicted[index]]
-        colour = "green" if names[0] == names[1] else "red"
-        draw.text((x, y + side), names[0][:16], "black", font_size=14)
-        draw.text((x, y + side + 17), names[1][:16], colour, font_size=14)
-    return to_tensor(img)
+    return utils.draw_images(images[shown], min(8, len(shown)), [title], captions)
 
 
 def blocks_of(model):
@@ -360,11 +342,47 @@ def blocks_of(model):
     return [(1 + num_patches, emb_dim)] * len(model.transformer)
 
 
+def classify(model, images, devices, args):
+    """Logits of a classifier for images uint8 [N,3,H,W]: [N,num_classes], on the host."""
+    images = images.to(devices[0])
+    net, micro_batch_size, chosen = utils.prepare_model(
+        model.eval(), devices, args, example=[utils.to_float(images[:1])],
+        blocks=blocks_of(model), num_images=0,
+    )  # fmt: skip
+    utils.print_facts("chosen", chosen)
+    return predict(net, images, micro_batch_size).cpu()
+
+
+def predict_files(args):
+    """--eval FILE --predict PATH: the classes of images without labels, printed and drawn."""
+    devices = utils.choose_devices(args.device)
+    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
+    png_path = utils.free_path(os.path.splitext(args.eval)[0] + "-predicted.png")
+    files = utils.list_images(args.predict)[0]
+    utils.check_memory(len(files), architecture["image_size"])
+    images = utils.decode(files, architecture["image_size"])[0]
+    classes = content.get("classes") or [f"class {i}" for i in range(architecture["num_classes"])]
+    captions = []
+    probability, predicted = classify(model, images, devices, args).softmax(-1).max(-1)
+    for (path, _), p, i in zip(files, probability.tolist(), predicted.tolist(), strict=True):
+        utils.print_rank_0(f"{path}: {classes[i]}, {p:.1%}")
+        captions.append([(f"{p:.0%} {i} {classes[i]}", "black"), (os.path.basename(path), "grey")])
+    shown = utils.evenly_spaced(len(files), 40).tolist()
+    captions = [captions[i] for i in shown]
+    img = utils.draw_images(images[shown], min(8, len(shown)), [], captions)
+    if utils.rank() == 0:
+        utils.write_file(png_path, utils.png_bytes(img))
+    utils.print_rank_0(f"{len(shown)} of {len(files)} images with their classes: {png_path}")
+
+
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
-    devices = utils.choose_devices(args.device)
-    png_paths = [os.path.splitext(args.eval)[0] + f"-{x}.png" for x in ("confusion", "predictions")]
+    devices, start = utils.choose_devices(args.device), os.path.splitext(args.eval)[0]
+    png_paths = f"{start}-confusion.png", f"{start}-predictions.png"
     model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
+    saved = {"dataset": "cifar10", "data_path": "data"} | content.get("args", {})
+    args.dataset = args.dataset or saved["dataset"]
+    args.data_path = args.data_path or saved["data_path"]
     utils.check_outputs(*png_paths)
     args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
     dataset = utils.load_dataset(args, devices[0])
@@ -374,18 +392,10 @@ def evaluate_file(args):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    images, true = dataset.val_images, dataset.val_labels
-    net, micro_batch_size, chosen = utils.prepare_model(
-        model.eval(), devices, args, example=[utils.to_float(images[:1])],
-        blocks=blocks_of(model), num_images=0,
-    )  # fmt: skip
-    utils.print_facts("chosen", chosen)
-    loss, own, _ = predict(net, images, true, micro_batch_size)
-    predicted = torch.zeros_like(true)
-    utils.shard(predicted).copy_(own)
-    true, predicted = true.cpu(), utils.reduce_over_processes(predicted).cpu()
+    images, true = dataset.val_images, dataset.val_labels.cpu()
+    logits = classify(model, images, devices, args)
+    loss, predicted = cross_entropy(logits.double(), true).item(), logits.argmax(-1)
     counts = (true * k + predicted).bincount(minlength=k * k).view(k, k)  # [i, j]: i taken for j
-    loss = utils.reduce_over_processes(loss).item() / len(images)
     acc = counts.trace().item() / len(images)
     for i, name in enumerate(classes):
         n = counts[i].sum().item()
@@ -394,12 +404,12 @@ def evaluate_file(args):
     if utils.rank() == 0:
         confusion = draw_confusion(counts, classes)
         predictions = draw_predictions(images, true, predicted, classes)
-        for path, img in zip(png_paths, (confusion, predictions), strict=True):
-            utils.write_file(path, utils.png_bytes(img))
-        curves = utils.Curves(utils.new_run_folder(args.log_dir, args.dataset, "eval-cls"))
         pictures = {"cls/confusion": confusion, "cls/predictions": predictions}
-        curves.write(0, {"cls/acc": acc}, pictures)
-        utils.print_rank_0(f"pictures: {', '.join(png_paths)}, curves: {curves.folder}")
+        for path, img in zip(png_paths, pictures.values(), strict=True):
+            utils.write_file(path, utils.png_bytes(img))
+        folder = utils.new_run_folder(args.log_dir, args.dataset, args.run_name or "eval-cls")
+        utils.Curves(folder).write(0, {"cls/acc": acc}, pictures)
+        utils.print_rank_0(f"pictures: {', '.join(png_paths)}, curves: {folder}")
 
 
 @utils.memory_for("the dataset, twice for --holdout,", "--train_images or --image_size")
@@ -416,7 +426,9 @@ def hold_out(dataset, n):
 
 def main(args):
     if args.eval:
-        return evaluate_file(args)
+        return predict_files(args) if args.predict else evaluate_file(args)
+    if args.predict:
+        raise utils.InputError("--predict needs the classifier: add --eval FILE")
     if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
         raise utils.InputError(
             "--linear_probe trains on features that are computed once: leave out --augment, "
@@ -437,7 +449,7 @@ def main(args):
     images, labels, val_images, val_labels, classes = dataset
     architecture["num_classes"] = len(classes)
     model = ViT_Classifier(encoder, len(classes))
-    name = "pretrain-cls" if args.pretrained_model_path else "scratch-cls"
+    name = "pretrain-cls" if args.pretrained_model_path and not args.from_scratch else "scratch-cls"
     groups, trained = parameter_groups(model, args.layer_decay), model
     example = [utils.to_float(images[:1])]
     if args.drop_path:
@@ -507,11 +519,10 @@ def main(args):
 def report(args, results, num_test):
     """The accuracies of a run, each named by the images on which its epoch was chosen."""
     best, last = results["best"], results["last"]
+    chosen, kind, key = "these images", "validation", "acc"
     if args.holdout:
         chosen = f"{args.holdout:,} training images held out, on those {best['acc']:.2%}"
         kind, key = "test", "test_acc"
-    else:
-        chosen, kind, key = "these images", "validation", "acc"
     return (
         f"accuracy on {num_test:,} {kind} images: best {best[key]:.2%} (epoch {best['epoch']}, "
         f"chosen on {chosen}), last {last[key]:.2%}; model of the best epoch"

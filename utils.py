@@ -6,7 +6,11 @@ torchvision and timm are imported where they are needed, so that --help does not
 import argparse
 import contextlib
 import ctypes
+import difflib
+import functools
+import glob
 import hashlib
+import importlib
 import io
 import itertools
 import math
@@ -31,7 +35,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.functional import affine_grid, grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -118,15 +122,24 @@ class ArgumentParser(argparse.ArgumentParser):
     """Reports a wrong flag in one line, without the usage of all flags."""
 
     def __init__(self, description):
-        super().__init__(
-            usage="%(prog)s [options]",
-            description=description,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(usage="%(prog)s [options]", description=description, allow_abbrev=False)
+        self.formatter_class = HelpFormatter
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does, and of an unknown flag tell which one may be meant."""
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            other = "train_classifier.py" if "mae" in self.prog else "mae_pretrain.py"
+            with open(os.path.join(os.path.dirname(__file__), other)) as script:
+                flags = dict.fromkeys(re.findall(r'"(--\w+)"', script.read()), f" of {other}")
+            flags |= dict.fromkeys(self._option_string_actions, "")
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.65)
+            hint = f": did you mean {near[0]}{flags[near[0]]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return args
 
     def parse(self, argv, demo, output):
         """argv -> Namespace. --demo replaces defaults; --resume takes the flags of the saved run.
@@ -142,7 +155,8 @@ class ArgumentParser(argparse.ArgumentParser):
         fixed = vars(args).keys() - MAY_CHANGE_ON_RESUME
         check_same_settings(**{name: getattr(args, name) for name in sorted(fixed)})
         if args.warmup_epoch >= args.total_epoch:
-            print_rank_0("warning: warm-up takes the whole run: lower --warmup_epoch")
+            epochs = args.total_epoch // 10
+            print_rank_0(f"warning: warm-up takes the whole run: try --warmup_epoch {epochs}")
         return args
 
 
@@ -171,7 +185,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
         help="cifar10, cifar100: downloaded; folder: your own images; shapes: drawn by the program")
     add("--data_path", default="data",
-        help="where cifar10 and cifar100 are or will be put; for folder, the folder of images: "
+        help="download folder of cifar10 and cifar100; for folder, the folder of images: "
              "train/<class>/... and val/<class>/... or test/<class>/...")
     add("--train_images", type=positive_int, metavar="N",
         help="use N of the training images, spread evenly over the classes (default: all)")
@@ -191,7 +205,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
              "gradients of larger batches are accumulated, so the result does not depend on it "
              "(default: chosen for the device; the source has 128 in pretraining, else 256)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: cuda where there is a GPU that works")
+        help="auto: CUDA if a working GPU is found, else the CPU")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
         help="precision of matrix products; weights stay fp32; "
              "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
@@ -199,8 +213,9 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="torch.compile the model (default: on one GPU, from 3 million images on, if it works)")
     add = parser.add_argument_group("output").add_argument
     add(model_flag, help="the model file; other files of the run go beside it")
-    add("--log_dir", default="logs", help=f"curves go into <log_dir>/<dataset>/{curves}; "
-        "later runs append -2, -3, ... to the name")
+    add("--log_dir", default="logs", help="curves go into <log_dir>/<dataset>/<run_name>")
+    add("--run_name", metavar="NAME",
+        help=f"folder of the curves, with -2, -3, ... if it exists (default: {curves})")
     add("--keep_every", type=positive_int, metavar="N",
         help="every N epochs, also keep the model of that epoch, such as model-0400.pth "
              "(default: off)")
@@ -549,7 +564,8 @@ def load_dataset(args, device, need_classes=True):
         dataset = read_cifar(args.dataset, args.data_path)
     else:
         raise InputError(
-            f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32"
+            f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32: "
+            "for images of your own add --dataset folder --data_path FOLDER"
         )
     if args.train_images and args.dataset != "folder":  # read_folder has read no others
         keep = spread(dataset.train_labels, args.train_images, "--train_images")
@@ -572,6 +588,9 @@ def spread(labels, n, flag):
     return labels.argsort(stable=True)[evenly_spaced(len(labels), n)]
 
 
+IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+
+
 def read_cifar(name, root):
     """CIFAR-10 or CIFAR-100, downloaded and checked by torchvision.
 
@@ -581,6 +600,11 @@ def read_cifar(name, root):
     import torchvision
 
     dataset = getattr(torchvision.datasets, name.upper())
+    below = [x for depth in ("*", "*/*", "*/*/*") for x in glob.glob(depth, root_dir=root)]
+    missing = {dataset.base_folder, dataset.filename}.isdisjoint(below)
+    if missing and any(x.lower().endswith(IMAGES) for x in below):
+        hint = "add --dataset folder to train on them, or download to another --data_path"
+        raise InputError(f"{root} holds images, not {name}: {hint}")
     own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
         if turn == own_turn:
@@ -606,6 +630,8 @@ def read_folder(args, need_classes):
     train/; and the first training images stand in for a val/ or test/ that is not there.
     """
     root = args.data_path
+    if not os.path.isdir(root):
+        raise InputError(f"there is no folder {root}: give that of your images with --data_path")
     found = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
     val = next((name for name in found if name != "train"), None)
     if (val and "train" not in found) or (need_classes and not val):
@@ -625,6 +651,8 @@ def read_folder(args, need_classes):
             raise InputError(
                 f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}"
             )
+        if missing := sorted(set(classes) - set(val_classes)):
+            print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing)}")
         val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
     else:
         val_files = train_files[:16]
@@ -633,20 +661,28 @@ def read_folder(args, need_classes):
     return Dataset(*train, *val, classes)
 
 
-def list_images(folder, need_classes=False):
-    """[(path, label), ...] and the names of the classes, by torchvision's reader."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, DatasetFolder, make_dataset
+def list_images(path, need_classes=False):
+    """[(path, label), ...] and the names of the classes, by torchvision's reader.
 
-    if not os.path.isdir(folder):
-        raise InputError(f"there is no folder {folder}")
-    extensions = (*IMG_EXTENSIONS, ".gif")
+    path: a folder or, without need_classes, an image.
+    """
+    from torchvision.datasets.folder import find_classes, make_dataset
+
+    if os.path.isfile(path) and not need_classes:
+        return [(path, 0)], [""]
+    if not os.path.isdir(path):
+        raise InputError(f"there is no folder or image {path}")
+
+    def is_image(file):
+        file = os.path.join(os.sep, os.path.relpath(file, path))
+        return file.lower().endswith(IMAGES) and f"{os.sep}." not in file
+
     try:
-        if need_classes:
-            dataset = DatasetFolder(folder, None, extensions)
-            return dataset.samples, dataset.classes
-        return make_dataset(folder, {"": 0}, extensions), [""]
-    except OSError as error:
-        raise InputError(f"no images in {folder}: {error}") from error
+        names = find_classes(path)[0] if need_classes else [""]
+        labels = {name: i for i, name in enumerate(x for x in names if not x.startswith("."))}
+        return make_dataset(path, labels, is_valid_file=is_image), list(labels)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no images in {path}: {error}") from error
 
 
 def check_memory(n, image_size):
@@ -664,8 +700,9 @@ def check_memory(n, image_size):
 def decode(files, image_size):
     """[(path, label), ...] -> images uint8 [N,3,S,S], labels [N].
 
-    Each image is turned upright, resized to S on its shorter side, cropped to its centre, RGB; of
-    an animated one it is the first frame. Raises InputError naming those that cannot be read.
+    Each image is turned upright, laid on white if it is transparent, resized to S on its shorter
+    side, cropped to its centre, RGB; of an animated one it is the first frame. Raises InputError
+    naming those that cannot be read.
     """
     from torchvision.transforms import functional as TF
 
@@ -678,6 +715,9 @@ def decode(files, image_size):
                 img = ImageOps.exif_transpose(file)
                 if img.mode.startswith("I"):  # 16 bits of grey, which convert would clip
                     img = Image.fromarray((np.asarray(img) // 257).astype(np.uint8))
+                if img.has_transparency_data:
+                    white = Image.new("RGBA", img.size, "white")
+                    img = Image.alpha_composite(white, img.convert("RGBA"))
                 img = img.convert("RGB")
         except Exception:  # each of PIL's decoders has errors of its own
             broken.append(path)
@@ -685,7 +725,8 @@ def decode(files, image_size):
         images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
     if broken:
         names = ", ".join(broken)  # InputError cuts it if it is long
-        raise InputError(f"cannot read {len(broken)} of {len(files)} images: fix or remove {names}")
+        n = f"{len(broken)} of {len(files)} images"
+        raise InputError(f"cannot read {n}: no image, or a damaged one: {names}")
     return images, torch.tensor([label for _, label in files])
 
 
@@ -803,6 +844,13 @@ def write_file(path, content):
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
+def free_path(path):
+    """The path, or the first of name-2.png, name-3.png, ... that does not exist."""
+    start, extension = os.path.splitext(path)
+    others = (f"{start}-{i}{extension}" for i in itertools.count(2))
+    return next(x for x in itertools.chain([path], others) if not os.path.exists(x))
+
+
 def to_bytes(content):
     """What torch.save writes, in memory: a full disk then fails in write_file, not in here."""
     buffer = io.BytesIO()
@@ -810,22 +858,9 @@ def to_bytes(content):
     return buffer.getvalue()
 
 
-def png_bytes(img):
-    """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
-    from torchvision.utils import save_image
-
-    scale = max(1, 768 // img.shape[-1])
-    img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    buffer = io.BytesIO()
-    save_image(img, buffer, format="png")
-    return buffer.getvalue()
-
-
 def versions():
-    import timm
-    import torchvision
-
-    return {x.__name__: str(x.__version__) for x in (torch, torchvision, timm, np)}
+    names = "torch", "torchvision", "timm", "numpy"
+    return {name: str(importlib.import_module(name).__version__) for name in names}
 
 
 def model_bytes(model, architecture, args, **more):
@@ -897,6 +932,8 @@ def load_model(path, kind):
     try:
         if isinstance(content, InertModule):
             content = unpack_module(content)
+        elif "fingerprint" in content:
+            raise ValueError(f"it is a run's state; its model is {path.replace('.state.', '.')}")
         elif "model" not in content:
             content = {"kind": kind, "model": content}
         if content.get("kind") != kind:
@@ -917,6 +954,67 @@ def load_model(path, kind):
     except Exception as error:  # nothing is known of the values in the file
         raise InputError(f"{path} does not hold the weights of {kind}: {error}") from error
     return model, architecture, content
+
+
+# ------------------------------------------------------------------------------------ pictures
+# The scripts draw with these, and write the PNG with write_file.
+
+
+def png_bytes(img):
+    """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
+    from torchvision.utils import save_image
+
+    scale = max(1, 768 // img.shape[-1])
+    img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    buffer = io.BytesIO()
+    save_image(img, buffer, format="png")
+    return buffer.getvalue()
+
+
+@functools.cache
+def load_fonts():
+    """Fonts of the usual systems, if they are there; the last is Pillow's own, for English."""
+    fonts = []
+    for name in ("DejaVuSans", "LiberationSans-Regular", "Arial Unicode", "arial", "msyh"):
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size=12))
+    return [*fonts, ImageFont.load_default(size=12)]
+
+
+def write_text(draw, where, text, width, colour="black", anchor="la"):
+    """Write a line with an ImageDraw, cut to the width in pixels, without letters no font has."""
+    for font in load_fonts():
+        unknown = bytes(font.getmask("\uffff"))
+        if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
+            break
+    else:
+        text = "".join(filter(str.isascii, text))
+    while font.getlength(text) > width:
+        text = text[:-1]
+    draw.text(where, text, colour, font, anchor)
+
+
+def draw_images(images, columns, titles, captions=()):
+    """images uint8 [N,3,H,H] in rows -> picture [3,H',W'] in [0, 1], with titles of the columns.
+
+    captions: for each image, lines of (text, colour) to write below it. Images are enlarged to at
+    least 128 pixels.
+    """
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+
+    side, gap, top = images.shape[-1] * math.ceil(128 / images.shape[-1]), 8, 28
+    width, height = side + gap, side + (42 if captions else gap)
+    rows = math.ceil(len(images) / columns)
+    page = Image.new("RGB", (max(440, gap + columns * width), top + rows * height), "white")
+    draw = ImageDraw.Draw(page)
+    for i, title in enumerate(titles):
+        draw.text((gap + i * width, gap), title, "black", font_size=14)
+    for i, img in enumerate(images.cpu()):
+        x, y = gap + i % columns * width, top + i // columns * height
+        page.paste(to_pil_image(img).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for line, (text, colour) in enumerate(captions[i] if captions else ()):
+            write_text(draw, (x, y + side + 17 * line), text, side, colour)
+    return to_tensor(page)
 
 
 # --------------------------------------------------------------------------- curves and progress
@@ -1037,11 +1135,16 @@ def print_facts(title, facts):
 def describe_run(args, chosen, model, dataset, folder):
     """Print once what this run is, beside its arguments."""
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = f"{len(dataset.train_images):,} training, {len(dataset.val_images):,} validation images"
+    n, num_val = len(dataset.train_images), len(dataset.val_images)
+    if args.batch_size > n:
+        size = 2 ** int(math.log2(max(1, n / 10)))
+        rate = args.base_learning_rate * args.batch_size / size
+        values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
+        print_rank_0(f"warning: a batch has more than the {n:,} training images: try {values}")
     print_facts("libraries", versions())
     print_facts("chosen", chosen)
     print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
-    print_rank_0(f"dataset:   {args.dataset}, {sizes}")
+    print_rank_0(f"dataset:   {args.dataset}, {n:,} training, {num_val:,} validation images")
     print_rank_0(f"curves:    {folder}")
 
 
@@ -1128,7 +1231,7 @@ class Run:
             folder = self.restore(read_state(self.path))
         elif rank() == 0:
             set_aside(self.path)
-            folder = new_run_folder(args.log_dir, args.dataset, name)
+            folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
         self.curves = Curves(folder)
         weights = checksum(*model.parameters())
         check_same_settings(epoch=self.epoch, update=self.update, weights=weights)

@@ -162,6 +162,65 @@ def test_missing_and_empty_folders(tmp_path):
         load("folder", tmp_path)
 
 
+def test_transparent_pixels_lie_on_white(tmp_path):
+    (tmp_path / "train").mkdir()
+    logo = Image.new("RGBA", (32, 32), (0, 0, 0, 0))  # black, and nothing of it can be seen
+    logo.paste((0, 0, 0, 255), (0, 0, 32, 8))
+    logo.paste((255, 0, 0, 127), (0, 8, 32, 16))
+    logo.save(tmp_path / "train" / "a.png")
+    grey = Image.merge("LA", [Image.new("L", (32, 32), 0), logo.getchannel("A")])
+    grey.save(tmp_path / "train" / "b.png")
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.paste(0, (0, 0, 32, 8))
+    palette.save(tmp_path / "train" / "c.png", transparency=1)
+    images = load("folder", tmp_path, need_classes=False).train_images
+    assert (images[:, :, :8] == 0).all() and (images[:, :, 16:] == 255).all()
+    assert images[0, :, 12, 0].tolist() == [255, 128, 128]
+    assert images[1, :, 12, 0].tolist() == [128] * 3
+
+
+def test_what_begins_with_a_dot_is_not_read(tmp_path):
+    root = tmp_path / ".cache" / "data"  # folders above do not count
+    for part in ("train", "val"):
+        save_image(root / part / "a" / "1.png")
+        save_image(root / part / "a" / "deep" / "2.PNG")
+        for hidden in ("a/.1.png", "a/._IMG_0001.JPG", ".ipynb_checkpoints/1-checkpoint.png"):
+            (root / part / hidden).parent.mkdir(exist_ok=True)
+            (root / part / hidden).write_text("not an image")
+        (root / part / "a" / ".git").mkdir()
+        (root / part / "a" / ".git" / "3.png").write_text("not an image")
+    for need_classes in (True, False):
+        dataset = load("folder", root, need_classes=need_classes)
+        assert len(dataset.train_images) == len(dataset.val_images) == 2
+        assert dataset.classes == (["a"] if need_classes else [""])
+    assert len(utils.list_images(f"{root}/train/")[0]) == 2
+
+
+@pytest.mark.parametrize("path", ["1.jpg", "cats/1.JPG", "train/cats/1.png"])
+def test_own_images_without_the_flag_for_them(path, tmp_path, monkeypatch):
+    def download(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    save_image(tmp_path / path)
+    with pytest.raises(utils.InputError, match="holds images, not cifar10: add --dataset folder"):
+        load("cifar10", tmp_path)
+    (tmp_path / "cifar-10-python.tar.gz").write_text("to be checked, and loaded again")
+    with pytest.raises(utils.InputError, match="no network"):
+        load("cifar10", tmp_path)
+    save_image(tmp_path / "all" / "other" / "train" / "cats" / "1.png")
+    with pytest.raises(utils.InputError, match="no network"):  # in a folder of several datasets
+        load("cifar10", tmp_path / "all")
+
+
+def test_class_that_validation_lacks(tmp_path, capsys):
+    for path in ("train/a/1.png", "train/b/1.png", "train/c/1.png", "val/b/1.png"):
+        save_image(tmp_path / path)
+    assert load("folder", tmp_path).val_labels.tolist() == [1]
+    assert f"warning: {tmp_path}/val has no image of a, c\n" in capsys.readouterr().out
+
+
 def test_class_that_training_does_not_know(tmp_path):
     for path in ("train/a/1.png", "train/b/1.png", "test/b/1.png", "test/c/1.png"):
         save_image(tmp_path / path)

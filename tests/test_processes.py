@@ -274,7 +274,8 @@ def test_an_error_of_the_first_process_ends_the_others():
     begin = time.monotonic()
     flags = [*SCRIPTS["mae_pretrain"], "--dataset", "folder", "--data_path", "nowhere"]
     assert train("mae_pretrain", flags, "a", 2) == [1, 1]
-    assert output("a").endswith("\nerror: there is no folder nowhere\n")
+    message = "error: there is no folder nowhere: give that of your images with --data_path"
+    assert output("a").endswith(f"\n{message}\n")
     assert len(output("a", 1).splitlines()) == 1
     assert time.monotonic() - begin < 30
 

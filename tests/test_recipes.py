@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import REPOSITORY, classify, events, pretrain, read, same_weights, scalars
-from PIL import Image
+from PIL import Image, ImageFont
 from torch.nn.functional import cross_entropy
 
 import mae_pretrain
@@ -346,22 +346,104 @@ def test_reconstruct_images_at_several_ratios(capsys):
     show = "--reconstruct images --mask_ratio 0.5 0.75 0.9".split()
     mae_pretrain.main(mae_pretrain.get_args(show))
     with Image.open("vit-t-mae-reconstructed.png") as img:
-        scale = img.width // (7 * 32)
-        assert img.size == (7 * 32 * scale, 3 * 32 * scale)
-        pixels = np.asarray(img)[::scale, ::scale].astype(int)
+        assert img.size == (8 + 7 * 136, 28 + 3 * 136)
+        page = np.asarray(img).astype(int)
     for i, hidden in enumerate([8, 12, 15]):  # 1 to 8 of 16 patches of 8x8 stay visible
-        masked = (pixels[:32, 64 * i : 64 * i + 32] - 127.5).__abs__() < 1
+        pixels = page[28:156, 8 + 272 * i :][::4, :128:4]
+        masked = (pixels - 127.5).__abs__() < 1
         assert masked.all(-1).sum() >= hidden * 64 and masked.all(-1).sum() < (hidden + 1) * 64
+    titles = page[:28, 8:].min((0, 2)).reshape(7, 136).min(1)
+    assert (titles < 80).all()  # each column has one
     assert "3 of 3 images" in capsys.readouterr().out
+    with open("vit-t-mae-reconstructed.png", "rb") as file:
+        first = file.read()
     mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "images/0.png"]))
+    with open("vit-t-mae-reconstructed.png", "rb") as file:
+        assert file.read() == first
+    assert "1 of 1 images" in (line := capsys.readouterr().out) and "structed-2.png" in line
+    with open("notes.txt", "w") as file:
+        file.write("not an image")
     for flags, message in [
-        ("--reconstruct nowhere", "nowhere"),
+        ("--reconstruct nowhere", "there is no folder or image nowhere"),
+        ("--reconstruct notes.txt", "no image.*: notes.txt"),
         ("--reconstruct images --model_path none.pth", "none.pth"),
         ("--mask_ratio 0.5 0.75", "--reconstruct"),
         ("--reconstruct images --mask_ratio 0.99", "leaves no patch"),
     ]:
         with pytest.raises(utils.InputError, match=message):
             mae_pretrain.main(mae_pretrain.get_args(flags.split()))
+
+
+def test_reconstructions_are_spread_over_the_folder():
+    pretrain()
+    for i in range(40):  # two classes, the second one brighter
+        os.makedirs(f"images/{i // 20}", exist_ok=True)
+        img = np.full((32, 32, 3), 3 * i, np.uint8)
+        Image.fromarray(img).save(f"images/{i // 20}/{i:02}.png")
+    mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "images"]))
+    with Image.open("vit-t-mae-reconstructed.png") as img:
+        assert img.size == (440, 28 + 16 * 136)
+        shown = [img.getpixel((8 + 2 * 136 + 64, 28 + 136 * i + 64))[0] // 3 for i in range(16)]
+    assert shown == [i * 40 // 16 for i in range(16)]
+
+
+def test_predict_images_without_labels(capsys):
+    classify("--total_epoch", "1")
+    model = utils.load_model("cls.pth", "ViT_Classifier")[0].eval()
+    images = utils.read_shapes(32).val_images[:37]
+    os.makedirs("new/deep")
+    for i, img in enumerate(images):
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(f"new/{'deep/' * (i % 2)}{i:02}.png")
+    with torch.no_grad():
+        probabilities = model(utils.to_float(images)).softmax(-1)
+    capsys.readouterr()
+    evaluate("--eval", "cls.pth", "--predict", "new", "--precision", "fp32")
+    lines = capsys.readouterr().out.splitlines()
+    for i, p in enumerate(probabilities):
+        name = f"new/{'deep/' * (i % 2)}{i:02}.png"
+        line = next(line for line in lines if line.startswith(f"{name}: "))
+        predicted, share = re.fullmatch(r".*: (.*), (.*)%", line).groups()
+        assert predicted == utils.SHAPES[p.argmax()]
+        assert float(share) == pytest.approx(100 * p.max().item(), abs=0.06)
+    with Image.open("cls-predicted.png") as img:
+        assert img.size == (8 + 8 * 136, 28 + 5 * 170)
+    assert not os.path.exists("logs/shapes/eval-cls")
+    evaluate("--eval", "cls.pth", "--predict", "new/00.png", "--device", "cpu")
+    assert "cls-predicted-2.png" in capsys.readouterr().out
+    for flags in (["--eval", "cls.pth", "--predict", "nowhere"], ["--predict", "new"]):
+        with pytest.raises(utils.InputError, match="nowhere|add --eval"):
+            evaluate(*flags)
+
+
+def test_eval_takes_the_dataset_of_the_file(capsys):
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            os.makedirs(f"mine/{part}/{name}")
+            Image.new("RGB", (32, 32), "red").save(f"mine/{part}/{name}/1.png")
+    flags = "--dataset folder --data_path mine --train_images 2 --total_epoch 1".split()
+    classify(*flags)
+    evaluate("--eval", "cls.pth")
+    assert "accuracy on 2 validation images" in capsys.readouterr().out
+    assert os.path.isdir("logs/folder/eval-cls")
+    os.rename("mine", "yours")
+    with pytest.raises(utils.InputError, match="there is no folder mine.*--data_path"):
+        evaluate("--eval", "cls.pth")
+    evaluate("--eval", "cls.pth", "--data_path", "yours", "--run_name", "again")
+    assert os.path.isdir("logs/folder/again")
+    with pytest.raises(utils.InputError, match="the dataset has"):
+        evaluate("--eval", "cls.pth", "--dataset", "shapes")
+
+
+def test_letters_that_no_font_has_are_left_out(monkeypatch):
+    def draw(*classes):
+        return train_classifier.draw_confusion(torch.eye(2).long(), classes)
+
+    unknown = draw("\U0010fffd", "\U0010fffe")
+    english = ImageFont.load_default(12)
+    monkeypatch.setattr(utils, "load_fonts", lambda: [english])
+    assert torch.equal(unknown, draw("", ""))  # what remains is the number
+    assert torch.equal(draw("cat", "ä猫"), draw("cat", ""))
+    assert not torch.equal(draw("cat", "dog"), draw("cat", ""))
 
 
 def strange_folder():
@@ -394,8 +476,11 @@ def strange_folder():
             save("turned.jpg", exif=exif)
             frames = [Image.new("RGB", (64, 64), (i * 80, 0, 0)) for i in range(3)]
             frames[0].save(f"strange/{part}/{name}/moves.gif", save_all=True, append_images=frames)
-            with open(f"strange/{part}/{name}/notes.txt", "w") as file:
-                file.write("not an image")
+            os.makedirs(f"strange/{part}/.ipynb_checkpoints", exist_ok=True)
+            os.makedirs(f"strange/{part}/{name}/.thumbnails")
+            for file in ("notes.txt", "._grau.jpg", ".hidden.jpg", ".thumbnails/a.png"):
+                with open(f"strange/{part}/{name}/{file}", "w") as file:
+                    file.write("not an image")
 
 
 def test_a_strangers_folder(capsys):
@@ -411,7 +496,7 @@ def test_a_strangers_folder(capsys):
         pretrain(*folder, *sizes, "--total_epoch", "1")
         classify(*folder, "--total_epoch", "1", *sizes, "--pretrained_model_path", "vit-t-mae.pth")
     assert read("cls.pth")["classes"] == ["Äpfel und Birnen", "猫"]
-    evaluate("--eval", "cls.pth", "--dataset", "folder", "--data_path", "strange")
+    evaluate("--eval", "cls.pth")
     assert "猫: " in capsys.readouterr().out
 
 

@@ -200,6 +200,32 @@ def test_architecture_comes_from_the_checkpoint():
         assert tuple(architecture[key] for key in keys) == sizes
 
 
+def test_from_scratch_with_the_sizes_of_a_pretrained_model():
+    sizes = "--patch_size 16 --emb_dim 36 --encoder_layer 2".split()
+    pretrain(*sizes)
+    flags = (
+        "--dataset shapes --train_images 60 --total_epoch 1 --device cpu --precision fp32".split()
+    )
+    pretrained = ["--pretrained_model_path", "vit-t-mae.pth"]
+    for path, more in (("a.pth", sizes + ["--encoder_head", "3"]), ("b.pth", ["--from_scratch"])):
+        more = more + pretrained if path == "b.pth" else more
+        more += ["--output_model_path", path]
+        train_classifier.main(train_classifier.get_args([*flags, *more]))
+    same_weights("a.pth", "b.pth")
+    assert os.path.isdir("logs/shapes/scratch-cls-2")  # not among the pretrained
+
+
+def test_the_folder_of_the_curves_has_the_name_of_the_run(capsys):
+    pretrain("--run_name", "my masks")
+    pretrain("--run_name", "my masks", "--total_epoch", "1")
+    assert "curves:    logs/shapes/my masks-2" in capsys.readouterr().out
+    pretrain("--resume", "--total_epoch", "1")
+    assert len(scalars("logs/shapes/my masks", "mae_loss")) == 2
+    assert len(scalars("logs/shapes/my masks-2", "mae_loss")) == 1
+    classify("--run_name", "plain")
+    assert sorted(os.listdir("logs/shapes")) == ["my masks", "my masks-2", "plain"]
+
+
 def test_each_run_has_its_own_curves(capsys):
     for n in (1, 2, 3):
         pretrain("--total_epoch", str(n))
@@ -232,9 +258,9 @@ def test_other_masks_for_any_micro_batch_and_in_the_pictures(masking):
     show = ["--reconstruct", "white.png", "--masking", masking, "--mask_ratio", "0.5", "0.75"]
     mae_pretrain.main(mae_pretrain.get_args(show))
     with Image.open("vit-t-mae-reconstructed.png") as img:
-        pixels = np.asarray(img.resize((5 * 32, 32), Image.Resampling.NEAREST).convert("L"))
+        pixels = np.asarray(img.convert("L"))[28 : 28 + 128, 8:]
     for i, hidden in enumerate([8, 12]):  # of 4x4 patches
-        patches = pixels[4::8, 64 * i + 4 : 64 * i + 36 : 8] < 200
+        patches = pixels[16::32, 272 * i + 16 : 272 * i + 128 : 32] < 200
         assert patches.sum() == hidden
         changes = (patches[1:] != patches[:-1]).sum() + (patches[:, 1:] != patches[:, :-1]).sum()
         assert changes <= 9 if masking == "block" else changes >= 12
@@ -477,7 +503,8 @@ BAD_FLAGS = [
     ("--keep_every 0", "--keep_every"),
     ("--dataset imagenet", "--dataset"),
     ("--dataset folder --data_path nowhere", "nowhere"),
-    ("--dataset cifar10 --image_size 64", "32x32"),
+    ("--dataset folder", "there is no folder data: give that of your images with --data_path"),
+    ("--dataset cifar10 --image_size 64", "32x32: for images of your own add --dataset folder"),
     ("--train_images 91", "only 90"),
     ("--model_path .", "cannot write"),
     ("--model_path file/mae.pth", "cannot write"),
@@ -489,7 +516,9 @@ BAD_FLAGS = [
     ("--model_path=", "cannot write"),
     ("--model_path a.png", "two files"),
     (f"--model_path {'x' * 300}", "cannot write"),
-    ("--total_epochs 3", "--total_epochs"),
+    ("--total_epochs 3", "unrecognized arguments: --total_epochs 3: did you mean --total_epoch?"),
+    ("--epochs=3", "did you mean --total_epoch?"),
+    ("my_images", "unrecognized arguments: my_images (--help"),
 ]
 
 
@@ -518,6 +547,7 @@ def test_bad_pretrained_files(tmp_path):
         ("empty.pth", ["cannot read empty.pth as a PyTorch checkpoint"]),
         ("other.pth", ["other.pth", "MAE_ViT"]),
         ("classifier.pth", ["classifier.pth", "ViT_Classifier"]),
+        ("vit-t-mae.state.pth", ["it is a run's state; its model is vit-t-mae.pth"]),
         ("large.pth --dataset cifar10", ["64", "32x32"]),
         ("large.pth --image_size 32", ["large.pth", "64", "32"]),
         ("vit-t-mae.pth --patch_size 4", ["vit-t-mae.pth", "8", "4"]),
@@ -533,6 +563,21 @@ def test_error_ends_the_process_without_traceback():
     done = run("train_classifier.py", "--pretrained_model_path", "missing.pth")
     assert done.returncode == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "other"),
+    [
+        ("mae_pretrain.py", "--linear_probe", "train_classifier.py"),
+        ("train_classifier.py", "--mask_ratio=0.5", "mae_pretrain.py"),
+        ("train_classifier.py", "--model_pth", "mae_pretrain.py"),
+    ],
+)
+def test_a_flag_of_the_other_script_is_named(script, flag, other):
+    done = run(script, flag)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    meant = "--model_path" if flag == "--model_pth" else flag.partition("=")[0]
+    assert f"unrecognized arguments: {flag}: did you mean {meant} of {other}?" in done.stderr
 
 
 NO_MEMORY = [
@@ -824,7 +869,17 @@ def test_without_a_compiler(device):
 
 def test_long_warm_up_is_warned_about(capsys):
     pretrain("--warmup_epoch", "5")
-    assert "warning: warm-up takes the whole run: lower --warmup_epoch" in capsys.readouterr().out
+    assert "warning: warm-up takes the whole run: try --warmup_epoch 0" in capsys.readouterr().out
+    pretrain("--warmup_epoch", "1")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_batch_of_more_images_than_there_are_is_warned_about(capsys):
+    pretrain("--batch_size", "61", "--base_learning_rate", "0.01")
+    text = "warning: a batch has more than the 60 training images: try --batch_size 4 --base_lear"
+    assert text + "ning_rate 0.2\n" in capsys.readouterr().out  # the same peak rate
+    classify("--batch_size", "60")
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
