@@ -1,7 +1,7 @@
 """Pretrain a masked autoencoder: hide most of an image's patches and predict their pixels.
 
     python mae_pretrain.py                      CIFAR-10, the published recipe of 2,000 epochs
-    python mae_pretrain.py --demo               drawn shapes, no network, minutes on two CPU cores
+    python mae_pretrain.py --demo               synthetic shapes, offline, minutes on two CPU cores
     python mae_pretrain.py --dataset folder --data_path my_images --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
     python mae_pretrain.py --reconstruct IMAGES --mask_ratio 0.5 0.75 0.9
@@ -51,7 +51,7 @@ def get_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     # fmt: off
     parser.add_argument("--demo", action="store_true",
-        help="set defaults for a run of minutes without network: "
+        help="set defaults for a small offline run that takes minutes: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model").add_argument
     add("--image_size", type=utils.positive_int, default=32, help="side of the images in pixels")
@@ -226,9 +226,9 @@ def reconstruct_images(args):
 def random_resized_crop(img, draw):
     """Crop 20-100 % of each image, resize it to the image's size, and flip half of them.
 
-    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. Paper, appendix A.1; the range of
-    areas is that of its code, facebookresearch/mae. torchvision's RandomResizedCrop draws one crop
-    for a whole batch.
+    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. The areas are those of the paper's
+    code, facebookresearch/mae, the shapes of 3:4 to 4:3 those of torchvision's RandomResizedCrop,
+    which would draw one crop for a whole batch.
     """
     area, stretch = 0.2 + 0.8 * draw[:, 0], (4 / 3) ** (2 * draw[:, 1] - 1)
     width, height = ((area * x).sqrt().clamp(max=1) for x in (stretch, 1 / stretch))

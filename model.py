@@ -231,7 +231,7 @@ class ViT_Classifier(torch.nn.Module):
 
 
 def architecture_of(weights):
-    """The sizes that the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier tells.
+    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
 
     -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
     Raises KeyError for a tensor that is not there.

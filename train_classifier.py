@@ -43,7 +43,7 @@ def get_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     # fmt: off
     parser.add_argument("--demo", action="store_true",
-        help="set defaults for a run of a minute without network: "
+        help="set defaults for a small offline run that takes a minute: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model",
         "with --pretrained_model_path, read from that file").add_argument
@@ -296,7 +296,7 @@ def fold_norm(model, norm):
 def draw_confusion(counts, classes):
     """Confusion matrix [K,K], a row for each true class -> image [3,H,W] in [0, 1].
 
-    A cell is the darker, the larger its share of its row; up to 30 classes have names and numbers.
+    Darker cells hold a larger share of their row; up to 30 classes have names and numbers.
     """
     from torchvision.transforms.functional import to_tensor
 
@@ -366,10 +366,11 @@ def predict_files(args):
     probability, predicted = classify(model, images, devices, args).softmax(-1).max(-1)
     for (path, _), p, i in zip(files, probability.tolist(), predicted.tolist(), strict=True):
         utils.print_rank_0(f"{path}: {classes[i]}, {p:.1%}")
-        captions.append([(f"{p:.0%} {i} {classes[i]}", "black"), (os.path.basename(path), "grey")])
+        name = os.path.basename(path)
+        captions.append([(f"{i} {classes[i]}", "black"), (f"{p:.0%}, {name}", "grey")])
     shown = utils.evenly_spaced(len(files), 40).tolist()
     captions = [captions[i] for i in shown]
-    img = utils.draw_images(images[shown], min(8, len(shown)), [], captions)
+    img = utils.draw_images(images[shown], min(8, len(shown)), ["predicted"], captions)
     if utils.rank() == 0:
         utils.write_file(png_path, utils.png_bytes(img))
     utils.print_rank_0(f"{len(shown)} of {len(files)} images with their classes: {png_path}")

@@ -110,7 +110,7 @@ def one_line_errors():
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the script's own line breaks; a help text tells itself what a default of None means."""
+    """Keeps the script's own line breaks; help texts explain defaults of None."""
 
     def _get_help_string(self, action):
         if action.default is False:
@@ -183,7 +183,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     """Add the flags of both scripts; `curves` names the run's folder, defaults are the script's."""
     add = parser.add_argument_group("dataset").add_argument
     add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
-        help="cifar10, cifar100: downloaded; folder: your own images; shapes: drawn by the program")
+        help="cifar10, cifar100: downloaded; folder: your own images; shapes: synthetic")
     add("--data_path", default="data",
         help="download folder of cifar10 and cifar100; for folder, the folder of images: "
              "train/<class>/... and val/<class>/... or test/<class>/...")
@@ -603,8 +603,7 @@ def read_cifar(name, root):
     below = [x for depth in ("*", "*/*", "*/*/*") for x in glob.glob(depth, root_dir=root)]
     missing = {dataset.base_folder, dataset.filename}.isdisjoint(below)
     if missing and any(x.lower().endswith(IMAGES) for x in below):
-        hint = "add --dataset folder to train on them, or download to another --data_path"
-        raise InputError(f"{root} holds images, not {name}: {hint}")
+        raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
     own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
         if turn == own_turn:
@@ -724,9 +723,8 @@ def decode(files, image_size):
             continue
         images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
     if broken:
-        names = ", ".join(broken)  # InputError cuts it if it is long
-        n = f"{len(broken)} of {len(files)} images"
-        raise InputError(f"cannot read {n}: no image, or a damaged one: {names}")
+        n, names = len(broken), ", ".join(broken)  # InputError cuts them if they are long
+        raise InputError(f"cannot read {n} of {len(files)} images: no image or damaged: {names}")
     return images, torch.tensor([label for _, label in files])
 
 
@@ -1140,7 +1138,7 @@ def describe_run(args, chosen, model, dataset, folder):
         size = 2 ** int(math.log2(max(1, n / 10)))
         rate = args.base_learning_rate * args.batch_size / size
         values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
-        print_rank_0(f"warning: a batch has more than the {n:,} training images: try {values}")
+        print_rank_0(f"warning: --batch_size exceeds the {n:,} training images: try {values}")
     print_facts("libraries", versions())
     print_facts("chosen", chosen)
     print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")

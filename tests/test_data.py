@@ -204,7 +204,7 @@ def test_own_images_without_the_flag_for_them(path, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
     save_image(tmp_path / path)
-    with pytest.raises(utils.InputError, match="holds images, not cifar10: add --dataset folder"):
+    with pytest.raises(utils.InputError, match="has images, no cifar10: add --dataset folder"):
         load("cifar10", tmp_path)
     (tmp_path / "cifar-10-python.tar.gz").write_text("to be checked, and loaded again")
     with pytest.raises(utils.InputError, match="no network"):

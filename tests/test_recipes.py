@@ -507,7 +507,7 @@ def test_the_python_of_the_readme_runs(monkeypatch):
     monkeypatch.setattr(utils, "read_cifar", lambda name, folder: dataset)
     with open(os.path.join(REPOSITORY, "README.md")) as readme:
         snippets = re.findall(r"```python\n(.*?)```", readme.read(), re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 1
     found = {}
     for snippet in snippets:
         exec(snippet, found)

@@ -876,7 +876,7 @@ def test_long_warm_up_is_warned_about(capsys):
 
 def test_a_batch_of_more_images_than_there_are_is_warned_about(capsys):
     pretrain("--batch_size", "61", "--base_learning_rate", "0.01")
-    text = "warning: a batch has more than the 60 training images: try --batch_size 4 --base_lear"
+    text = "warning: --batch_size exceeds the 60 training images: try --batch_size 4 --base_lear"
     assert text + "ning_rate 0.2\n" in capsys.readouterr().out  # the same peak rate
     classify("--batch_size", "60")
     assert "warning" not in capsys.readouterr().out
