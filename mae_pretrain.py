@@ -4,10 +4,10 @@
     python mae_pretrain.py --demo               synthetic shapes, offline, minutes on two CPU cores
     python mae_pretrain.py --dataset folder --data_path my_images --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
-    python mae_pretrain.py --reconstruct IMAGES --mask_ratio 0.5 0.75 0.9
+    python mae_pretrain.py --reconstruct IMAGE_OR_FOLDER --mask_ratio 0.5 0.75 0.9
 
-Writes the model to --model_path and its last reconstructions beside it, as a PNG. The last line
-trains nothing: it shows how the trained model reconstructs your images.
+Writes the model to --model_path and, beside it, the reconstructions of the last saved epoch as a
+PNG. The last command does not train: it shows how the trained model reconstructs your images.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def get_args(argv=None):
         help="train on random resized crops, half of them flipped, as in the paper")
     parser.add_argument("--reconstruct", metavar="PATH",
         help="no training: the model of --model_path reconstructs an image, or 16 spread over a "
-             "folder, in a PNG beside it (default: train)")
+             "folder, in a PNG beside the model file (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, model_path="vit-t-mae.pth")
@@ -216,10 +216,11 @@ def reconstruct_images(args):
         noise = draw_noise(args.masking, len(img), num_patches, ratio, rng)
         columns += reconstruct(model, img, noise, architecture["patch_size"], norm_pix_loss)
         names += [f"{ratio:.0%} masked", "reconstructed"]
-    names.append("original")
     images = torch.stack([*columns, img], 1).flatten(0, 1)  # a row for each image
     images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
-    utils.write_file(path, utils.png_bytes(utils.draw_images(images, len(names), names)))
+    picture = utils.draw_images(images, len(names) + 1, [*names, "original"])
+    if utils.rank() == 0:
+        utils.write_file(path, utils.png_bytes(picture))
     utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 

@@ -3,9 +3,9 @@
     python train_classifier.py
     python train_classifier.py --pretrained_model_path vit-t-mae.pth \\
                                --output_model_path vit-t-classifier-from_pretrained.pth
-    python train_classifier.py --demo [--pretrained_model_path vit-t-mae-demo.pth]
+    python train_classifier.py --demo
     python train_classifier.py --eval vit-t-classifier-from_scratch.pth
-    python train_classifier.py --eval vit-t-classifier-from_scratch.pth --predict IMAGES
+    python train_classifier.py --eval vit-t-classifier-from_scratch.pth --predict IMAGE_OR_FOLDER
     tensorboard --logdir logs
 
 Prints the accuracy on the validation images after every epoch, and writes the classifier of the
@@ -43,7 +43,7 @@ def get_args(argv=None):
     parser = utils.ArgumentParser(__doc__)
     # fmt: off
     parser.add_argument("--demo", action="store_true",
-        help="set defaults for a small offline run that takes a minute: "
+        help="set defaults for a small offline run that takes half a minute: "
              + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model",
         "with --pretrained_model_path, read from that file").add_argument
@@ -73,8 +73,8 @@ def get_args(argv=None):
     add("--linear_probe", action="store_true",
         help="freeze the encoder and train a linear classifier on its normalised features")
     add("--holdout", type=utils.positive_int, metavar="N",
-        help="choose the best epoch on N of the training images, which are not trained on, "
-             "and report its accuracy on the test images (default: choose on those)")
+        help="set N training images aside, choose the best epoch on them, and report its "
+             "accuracy on the test images (default: choose it on the test images)")
     add("--eval", metavar="FILE",
         help="no training: accuracy by class, confusion matrix and a picture of mistakes of a "
              "saved classifier, on the dataset of its run if no other is given (default: train)")
@@ -262,8 +262,8 @@ def predict(net, images, micro_batch_size):
 def evaluate(net, images, labels, micro_batch_size):
     """Mean loss and accuracy, exact for any micro-batch size and number of processes."""
     logits = predict(net, images, micro_batch_size)
-    right = (logits.argmax(-1) == labels).sum().item()
-    return {"loss": cross_entropy(logits.double(), labels).item(), "acc": right / len(images)}
+    loss = cross_entropy(logits, labels, reduction="none").double().mean().item()
+    return {"loss": loss, "acc": (logits.argmax(-1) == labels).double().mean().item()}
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def draw_predictions(images, true, predicted, classes):
     pairs = zip(true[shown].tolist(), predicted[shown].tolist(), strict=True)
     names = [f"{i} {name}" for i, name in enumerate(classes)]
     captions = [[(names[t], "black"), (names[p], "green" if t == p else "red")] for t, p in pairs]
-    title = "true class, and below it the predicted one: green if right, else red"
+    title = f"{len(mistakes)} mistakes, then images classified right: true and predicted class"
     return utils.draw_images(images[shown], min(8, len(shown)), [title], captions)
 
 
@@ -383,7 +383,8 @@ def evaluate_file(args):
     model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     saved = {"dataset": "cifar10", "data_path": "data"} | content.get("args", {})
     args.dataset = args.dataset or saved["dataset"]
-    args.data_path = args.data_path or saved["data_path"]
+    path = saved["data_path"] if args.dataset == saved["dataset"] else "data"
+    args.data_path = args.data_path or (path if os.path.isdir(path) else "data")
     utils.check_outputs(*png_paths)
     args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
     dataset = utils.load_dataset(args, devices[0])
@@ -427,8 +428,8 @@ def hold_out(dataset, n):
 
 def main(args):
     if args.eval:
-        return predict_files(args) if args.predict else evaluate_file(args)
-    if args.predict:
+        return evaluate_file(args) if args.predict is None else predict_files(args)
+    if args.predict is not None:
         raise utils.InputError("--predict needs the classifier: add --eval FILE")
     if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
         raise utils.InputError(

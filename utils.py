@@ -154,7 +154,7 @@ class ArgumentParser(argparse.ArgumentParser):
             args = resume_args(self, argv, args, output)
         fixed = vars(args).keys() - MAY_CHANGE_ON_RESUME
         check_same_settings(**{name: getattr(args, name) for name in sorted(fixed)})
-        if args.warmup_epoch >= args.total_epoch:
+        if args.warmup_epoch >= args.total_epoch and not args.resume:
             epochs = args.total_epoch // 10
             print_rank_0(f"warning: warm-up takes the whole run: try --warmup_epoch {epochs}")
         return args
@@ -186,7 +186,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="cifar10, cifar100: downloaded; folder: your own images; shapes: synthetic")
     add("--data_path", default="data",
         help="download folder of cifar10 and cifar100; for folder, the folder of images: "
-             "train/<class>/... and val/<class>/... or test/<class>/...")
+             "train/<class>/... and val/<class>/... or test/<class>/...; to pretrain, any images")
     add("--train_images", type=positive_int, metavar="N",
         help="use N of the training images, spread evenly over the classes (default: all)")
     add = parser.add_argument_group("training").add_argument
@@ -194,23 +194,22 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("-bs", "--batch_size", type=positive_int, metavar="N",
         help="images per update of the weights; the last batch of an epoch may be smaller")
     add("--base_learning_rate", type=unsigned_float, metavar="RATE",
-        help="the peak learning rate is base_learning_rate * batch_size / 256")
+        help="the learning rate is base_learning_rate * batch_size / 256 * factor (--warmup_epoch)")
     add("--weight_decay", type=unsigned_float, metavar="RATE", help="weight decay of AdamW")
     add("--total_epoch", type=positive_int, metavar="N", help="number of epochs")
     add("--warmup_epoch", type=unsigned_int, metavar="N",
-        help="epochs of linear warm-up of the learning rate, before its cosine decay to 0")
+        help="factor: the smaller of a linear warm-up over N epochs and a cosine over all epochs")
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
-        help="largest micro-batch: images on one device in one forward and backward pass; "
-             "gradients of larger batches are accumulated, so the result does not depend on it "
-             "(default: chosen for the device; the source has 128 in pretraining, else 256)")
+        help="largest micro-batch: images on a device in one forward and backward pass; gradients "
+             "are accumulated, so the result does not depend on it (default: by the device)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: CUDA if a working GPU is found, else the CPU")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
         help="precision of matrix products; weights stay fp32; "
              "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, from 3 million images on, if it works)")
+        help="torch.compile the model (default: on one GPU, from 3 million images x epochs on)")
     add = parser.add_argument_group("output").add_argument
     add(model_flag, help="the model file; other files of the run go beside it")
     add("--log_dir", default="logs", help="curves go into <log_dir>/<dataset>/<run_name>")
@@ -497,7 +496,10 @@ def generator(*key):
 
 
 def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epoch):
-    """Linear warm-up, then half a cosine, by epochs counted from 0 (paper, appendix A.1)."""
+    """Of an epoch, counted from 0: the smaller of a linear warm-up and of half a cosine.
+
+    In the paper's code, facebookresearch/mae, the cosine begins after the warm-up.
+    """
     warmup = (epoch + 1) / (warmup_epoch + 1e-8)
     cosine = 0.5 * (math.cos(epoch / total_epoch * math.pi) + 1)
     return base_learning_rate * batch_size / 256 * min(warmup, cosine)
@@ -600,9 +602,9 @@ def read_cifar(name, root):
     import torchvision
 
     dataset = getattr(torchvision.datasets, name.upper())
-    below = [x for depth in ("*", "*/*", "*/*/*") for x in glob.glob(depth, root_dir=root)]
-    missing = {dataset.base_folder, dataset.filename}.isdisjoint(below)
-    if missing and any(x.lower().endswith(IMAGES) for x in below):
+    there = any(os.path.exists(f"{root}/{x}") for x in (dataset.base_folder, dataset.filename))
+    below = (x for depth in ("*", "*/*", "*/*/*") for x in glob.iglob(depth, root_dir=root))
+    if not there and any(x.lower().endswith(IMAGES) for x in below):
         raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
     own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for turn in range(3):
@@ -625,8 +627,8 @@ def read_cifar(name, root):
 def read_folder(args, need_classes):
     """Images below <root>/train and <root>/val or <root>/test, where each class is a folder.
 
-    Without need_classes they may lie anywhere below <root>/train, or below <root> if it has no
-    train/; and the first training images stand in for a val/ or test/ that is not there.
+    Without need_classes they may lie anywhere below <root>/train, or below <root> if it has none
+    of these folders; and the first training images stand in for a val/ or test/ that is not there.
     """
     root = args.data_path
     if not os.path.isdir(root):
@@ -651,7 +653,7 @@ def read_folder(args, need_classes):
                 f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}"
             )
         if missing := sorted(set(classes) - set(val_classes)):
-            print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing)}")
+            print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing[:20])}")
         val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
     else:
         val_files = train_files[:16]
@@ -681,7 +683,7 @@ def list_images(path, need_classes=False):
         labels = {name: i for i, name in enumerate(x for x in names if not x.startswith("."))}
         return make_dataset(path, labels, is_valid_file=is_image), list(labels)
     except (OSError, ValueError) as error:
-        raise InputError(f"no images in {path}: {error}") from error
+        raise InputError(f"no images ({' '.join(IMAGES)}) in {path}: {error}") from error
 
 
 def check_memory(n, image_size):
@@ -980,7 +982,10 @@ def load_fonts():
 
 
 def write_text(draw, where, text, width, colour="black", anchor="la"):
-    """Write a line with an ImageDraw, cut to the width in pixels, without letters no font has."""
+    """Write a line with an ImageDraw, cut to the width in pixels, in a font that has its letters.
+
+    If no font has them all, without those beyond ASCII.
+    """
     for font in load_fonts():
         unknown = bytes(font.getmask("\uffff"))
         if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
@@ -1134,8 +1139,8 @@ def describe_run(args, chosen, model, dataset, folder):
     """Print once what this run is, beside its arguments."""
     parameters = sum(p.numel() for p in model.parameters())
     n, num_val = len(dataset.train_images), len(dataset.val_images)
-    if args.batch_size > n:
-        size = 2 ** int(math.log2(max(1, n / 10)))
+    if args.batch_size > n and not args.resume:
+        size = 2 ** int(math.log2(max(8, n / 10)))
         rate = args.base_learning_rate * args.batch_size / size
         values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
         print_rank_0(f"warning: --batch_size exceeds the {n:,} training images: try {values}")

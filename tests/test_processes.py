@@ -190,6 +190,29 @@ def test_same_run_in_any_layout(script):
         assert output(str(n)).count("epoch 6/6") == 1 and output(str(n), n - 1) == ""
 
 
+def test_reconstruct_and_predict_in_several_processes_draw_one_picture():
+    pretrain("--total_epoch", "1")
+    classify("--total_epoch", "1")
+    os.makedirs("new")
+    for i in range(5):
+        Image.new("RGB", (32, 32), (50 * i, 0, 0)).save(f"new/{i}.png")
+    cpu = ["--device", "cpu", "--precision", "fp32"]
+    for script, model_path, flags in (
+        ("mae_pretrain", "vit-t-mae.pth", ["--reconstruct", "new", "--model_path"]),
+        ("train_classifier", "cls.pth", ["--predict", "new", "--eval"]),
+    ):
+        pictures = []
+        for n in (1, 3):
+            os.makedirs(f"{script}-{n}")
+            for name in ("new", model_path):
+                os.symlink(os.path.abspath(name), f"{script}-{n}/{name}")
+            assert train(script, [*flags, model_path, *cpu], f"{script}-{n}", n) == [0] * n
+            (name,) = [x for x in os.listdir(f"{script}-{n}") if x.endswith(".png")]
+            with open(f"{script}-{n}/{name}", "rb") as file:
+                pictures.append(file.read())
+        assert pictures[0] == pictures[1]
+
+
 def test_eval_in_several_processes_draws_the_same_pictures():
     classify()
     flags = ["--eval", "cls.pth", "--dataset", "shapes", "--device", "cpu", "--precision", "fp32"]

@@ -337,8 +337,9 @@ def test_export_to_timm(kind):
         torch.testing.assert_close(vit(img), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_reconstruct_images_at_several_ratios(capsys):
+def test_reconstruct_images_at_several_ratios(capsys, monkeypatch):
     pretrain("--norm_pix_loss")
+    found = drawn(monkeypatch)
     os.makedirs("images/deep")
     for i, size in enumerate([(40, 30), (100, 64), (32, 32)]):
         img = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -354,6 +355,8 @@ def test_reconstruct_images_at_several_ratios(capsys):
         assert masked.all(-1).sum() >= hidden * 64 and masked.all(-1).sum() < (hidden + 1) * 64
     titles = page[:28, 8:].min((0, 2)).reshape(7, 136).min(1)
     assert (titles < 80).all()  # each column has one
+    masked = [f"{ratio}% masked" for ratio in (50, 75, 90)]
+    assert found[0][2] == [*sum(([name, "reconstructed"] for name in masked), []), "original"]
     assert "3 of 3 images" in capsys.readouterr().out
     with open("vit-t-mae-reconstructed.png", "rb") as file:
         first = file.read()
@@ -387,7 +390,19 @@ def test_reconstructions_are_spread_over_the_folder():
     assert shown == [i * 40 // 16 for i in range(16)]
 
 
-def test_predict_images_without_labels(capsys):
+def drawn(monkeypatch):
+    """The arguments of draw_images, which draws all the same."""
+    found, draw_images = [], utils.draw_images
+
+    def noting(images, columns, titles, captions=()):
+        found.append((images, columns, titles, captions))
+        return draw_images(images, columns, titles, captions)
+
+    monkeypatch.setattr(utils, "draw_images", noting)
+    return found
+
+
+def test_predict_images_without_labels(capsys, monkeypatch):
     classify("--total_epoch", "1")
     model = utils.load_model("cls.pth", "ViT_Classifier")[0].eval()
     images = utils.read_shapes(32).val_images[:37]
@@ -397,14 +412,21 @@ def test_predict_images_without_labels(capsys):
     with torch.no_grad():
         probabilities = model(utils.to_float(images)).softmax(-1)
     capsys.readouterr()
+    found = drawn(monkeypatch)
     evaluate("--eval", "cls.pth", "--predict", "new", "--precision", "fp32")
     lines = capsys.readouterr().out.splitlines()
+    shown, _, _, captions = found[0]
+    pictures = {captions[j][1][0].split()[-1]: j for j in range(37)}  # by file name
     for i, p in enumerate(probabilities):
         name = f"new/{'deep/' * (i % 2)}{i:02}.png"
         line = next(line for line in lines if line.startswith(f"{name}: "))
         predicted, share = re.fullmatch(r".*: (.*), (.*)%", line).groups()
         assert predicted == utils.SHAPES[p.argmax()]
         assert float(share) == pytest.approx(100 * p.max().item(), abs=0.06)
+        j = pictures[f"{i:02}.png"]
+        assert torch.equal(shown[j], images[i])
+        assert captions[j][0][0] == f"{p.argmax()} {predicted}"
+        assert captions[j][1][0].startswith(f"{float(share):.0f}%")
     with Image.open("cls-predicted.png") as img:
         assert img.size == (8 + 8 * 136, 28 + 5 * 170)
     assert not os.path.exists("logs/shapes/eval-cls")
@@ -426,12 +448,33 @@ def test_eval_takes_the_dataset_of_the_file(capsys):
     assert "accuracy on 2 validation images" in capsys.readouterr().out
     assert os.path.isdir("logs/folder/eval-cls")
     os.rename("mine", "yours")
-    with pytest.raises(utils.InputError, match="there is no folder mine.*--data_path"):
+    with pytest.raises(utils.InputError, match="there is no folder.*--data_path"):
         evaluate("--eval", "cls.pth")
     evaluate("--eval", "cls.pth", "--data_path", "yours", "--run_name", "again")
     assert os.path.isdir("logs/folder/again")
     with pytest.raises(utils.InputError, match="the dataset has"):
         evaluate("--eval", "cls.pth", "--dataset", "shapes")
+
+
+def test_eval_does_not_download_to_a_path_of_another_computer(monkeypatch):
+    classify("--data_path", "of/another/computer", "--total_epoch", "1")
+    content = read("cls.pth")
+    content["args"]["dataset"] = "cifar10"
+    torch.save(content, "cls.pth")
+    roots = []
+
+    def noting(name, root):
+        roots.append(root)
+        return utils.read_shapes(32)
+
+    monkeypatch.setattr(utils, "read_cifar", noting)
+    evaluate("--eval", "cls.pth")
+    os.makedirs("of/another/computer")
+    evaluate("--eval", "cls.pth")
+    content["args"]["dataset"] = "folder"  # of whose path CIFAR is not a part
+    torch.save(content, "cls.pth")
+    evaluate("--eval", "cls.pth", "--dataset", "cifar10")
+    assert roots == ["data", "of/another/computer", "data"]
 
 
 def test_letters_that_no_font_has_are_left_out(monkeypatch):
@@ -443,6 +486,8 @@ def test_letters_that_no_font_has_are_left_out(monkeypatch):
     monkeypatch.setattr(utils, "load_fonts", lambda: [english])
     assert torch.equal(unknown, draw("", ""))  # what remains is the number
     assert torch.equal(draw("cat", "ä猫"), draw("cat", ""))
+    long = draw("a name that is much longer than its place", "b")
+    assert (long[:, :, :4] == 1).all() and (long[:, 30:, 4:20] < 0.5).any()  # cut, to that place
     assert not torch.equal(draw("cat", "dog"), draw("cat", ""))
 
 

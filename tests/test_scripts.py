@@ -870,14 +870,15 @@ def test_without_a_compiler(device):
 def test_long_warm_up_is_warned_about(capsys):
     pretrain("--warmup_epoch", "5")
     assert "warning: warm-up takes the whole run: try --warmup_epoch 0" in capsys.readouterr().out
+    pretrain("--resume", "--warmup_epoch", "5")  # too late
     pretrain("--warmup_epoch", "1")
     assert "warning" not in capsys.readouterr().out
 
 
 def test_a_batch_of_more_images_than_there_are_is_warned_about(capsys):
     pretrain("--batch_size", "61", "--base_learning_rate", "0.01")
-    text = "warning: --batch_size exceeds the 60 training images: try --batch_size 4 --base_lear"
-    assert text + "ning_rate 0.2\n" in capsys.readouterr().out  # the same peak rate
+    text = "warning: --batch_size exceeds the 60 training images: try --batch_size 8 --base_lear"
+    assert text + "ning_rate 0.08\n" in capsys.readouterr().out  # the same peak rate
     classify("--batch_size", "60")
     assert "warning" not in capsys.readouterr().out
 
