@@ -202,7 +202,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
         help="largest micro-batch: images on a device in one forward and backward pass; gradients "
-             "are accumulated, so the result does not depend on it (default: by the device)")
+             "are accumulated, so the result does not depend on it (default: chosen for it)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto: CUDA if a working GPU is found, else the CPU")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
