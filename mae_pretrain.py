@@ -10,17 +10,22 @@ Writes the model to --model_path and, beside it, the reconstructions of the last
 PNG. The last command does not train: it shows how the trained model reconstructs your images.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import inspect
 import math
 import os
 import shlex
 
-import utils  # isort: skip  (first, as it sets an environment variable that PyTorch reads)
-
 import torch
 from einops import rearrange
+from torchvision.transforms.functional import to_tensor
 
+import utils
 from model import MAE_ViT, count_visible
 
 DEMO = {
@@ -38,6 +43,12 @@ DEMO = {
     "warmup_epoch": 1,
     "model_path": "vit-t-mae-demo.pth",
 }
+AFTER_DEMO = """
+Look at {png_path}: 16 images, each masked, reconstructed and as it was drawn.
+See next what pretraining is worth with 500 labels, from scratch and pretrained:
+    python train_classifier.py --demo
+    python train_classifier.py --demo --pretrained_model_path {model_path} --output_model_path \
+vit-t-classifier-demo-pretrained.pth"""
 
 
 class OneOrMore(argparse.Action):
@@ -48,11 +59,8 @@ class OneOrMore(argparse.Action):
 
 
 def get_args(argv=None):
-    parser = utils.ArgumentParser(__doc__)
+    parser = utils.ArgumentParser(__doc__, DEMO, "minutes")
     # fmt: off
-    parser.add_argument("--demo", action="store_true",
-        help="set defaults for a small offline run that takes minutes: "
-             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model").add_argument
     add("--image_size", type=utils.positive_int, default=32, help="side of the images in pixels")
     add("--patch_size", type=utils.positive_int, default=2,
@@ -88,7 +96,8 @@ def get_args(argv=None):
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, model_path="vit-t-mae.pth")
     # fmt: on
-    return parser.parse(argv, DEMO, "model_path")
+    args = parser.parse_args(argv)
+    return utils.resume_args(parser, argv, "model_path") if args.resume else args
 
 
 def draw_noise(masking, n, num_patches, mask_ratio, rng):
@@ -218,28 +227,30 @@ def reconstruct_images(args):
         names += [f"{ratio:.0%} masked", "reconstructed"]
     images = torch.stack([*columns, img], 1).flatten(0, 1)  # a row for each image
     images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
-    picture = utils.draw_images(images, len(names) + 1, [*names, "original"])
+    picture, _ = utils.draw_images(images, len(names) + 1, [*names, "original"])
     if utils.rank() == 0:
-        utils.write_file(path, utils.png_bytes(picture))
+        utils.write_file(path, utils.png_bytes(to_tensor(picture)))
     utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 
-def random_resized_crop(img, draw):
+def random_resized_crop(img, rand):
     """Crop 20-100 % of each image, resize it to the image's size, and flip half of them.
 
-    img [b,3,H,W] in [-1, 1], draw [b,5] in [0, 1) -> [b,3,H,W]. The areas are those of the paper's
+    img [b,3,H,W] in [-1, 1], rand [b,5] in [0, 1) -> [b,3,H,W]. The areas are those of the paper's
     code, facebookresearch/mae, the shapes of 3:4 to 4:3 those of torchvision's RandomResizedCrop,
     which would draw one crop for a whole batch.
     """
-    area, stretch = 0.2 + 0.8 * draw[:, 0], (4 / 3) ** (2 * draw[:, 1] - 1)
-    width, height = ((area * x).sqrt().clamp(max=1) for x in (stretch, 1 / stretch))
-    x, y = (2 * draw[:, 2] - 1) * (1 - width), (2 * draw[:, 3] - 1) * (1 - height)
-    flip, zero = (draw[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
+    area, stretch = 0.2 + 0.8 * rand[:, 0], (4 / 3) ** (2 * rand[:, 1] - 1)
+    width = (area * stretch).sqrt().clamp(max=1)
+    height = (area / stretch).sqrt().clamp(max=1)
+    x = (2 * rand[:, 2] - 1) * (1 - width)
+    y = (2 * rand[:, 3] - 1) * (1 - height)
+    flip, zero = (rand[:, 4] < 0.5) * 2 - 1, torch.zeros_like(x)
     matrix = torch.stack([flip * width, zero, x, zero, height, y], 1).view(-1, 2, 3)
     return utils.warp(img, matrix, "bicubic", "border").clamp(-1, 1)
 
 
-def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop=()):
+def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop=None):
     """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
 
     net is a MAELoss; scaler a GradScaler, which does nothing but in fp16. batch holds indexes [N]
@@ -247,11 +258,11 @@ def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, prog
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
-    tensors = batch, noise, *crop
-    for index, noise, *draw in utils.micro_batches(net, micro_batch_size, images.device, *tensors):
+    inputs = utils.micro_batches(net, micro_batch_size, images.device, batch, noise, crop)
+    for index, noise, crop in inputs:
         img = images[index]
-        if draw:
-            img = random_resized_crop(utils.to_float(img), *draw)
+        if crop is not None:
+            img = random_resized_crop(utils.to_float(img), crop)
         loss = net(img, noise)  # [b]
         scaler.scale(loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
@@ -260,17 +271,15 @@ def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, prog
 
 
 def main(args):
+    utils.check_same_flags(args)
     if args.reconstruct:
         return reconstruct_images(args)
     if isinstance(args.mask_ratio, list):
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
+    utils.print_settings("arguments", vars(args))
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
     device = devices[0]
-    png_path = os.path.splitext(args.model_path)[0] + ".png"
-    utils.check_outputs(args.model_path, png_path, utils.state_path(args.model_path))
-    utils.print_facts("arguments", vars(args))
-
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
     architecture["decoder_dim"] = decoder_dim = args.decoder_dim or args.emb_dim
     model = MAE_ViT(**architecture)
@@ -278,69 +287,71 @@ def main(args):
     num_visible = count_visible(num_patches, args.mask_ratio)
     if num_visible == num_patches:
         raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
+    utils.download(args)
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
+
     loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     img = utils.to_float(images[:1]) if args.augment else images[:1]
     blocks = [(1 + num_visible, args.emb_dim)] * args.encoder_layer
     blocks += [(1 + num_patches, decoder_dim)] * args.decoder_layer
-    net, micro_batch_size, chosen = utils.prepare_model(
+    net, micro_batch_size, settings = utils.prepare_model(
         loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
         blocks=blocks, num_images=args.total_epoch * num_images,
     )  # fmt: skip
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
 
     # The same images and masks at every epoch; spread, as a folder is sorted by class.
     shown = dataset.val_images[utils.evenly_spaced(len(dataset.val_images), 16)]
     rng = utils.generator("shown", args.seed)
     shown_noise = draw_noise(args.masking, len(shown), num_patches, args.mask_ratio, rng).to(device)
+    png_path = os.path.splitext(args.model_path)[0] + ".png"
 
-    fingerprint = utils.checksum(*dataset[:4])
-    run = utils.Run(args, "mae-pretrain", args.model_path, model, optim, scaler, fingerprint)
-    utils.describe_run(args, chosen, model, dataset, run.curves.folder)
+    name, path = "mae-pretrain", args.model_path
+    with utils.start_run(args, name, path, model, optim, scaler, dataset) as run:
+        utils.describe_run(args, settings, model, dataset, run.curves.folder)
+        for epoch in run.epochs():
+            lr = utils.set_learning_rate(optim, epoch, args)
+            model.train()
+            order = torch.randperm(num_images, generator=utils.generator("order", args.seed, epoch))
+            for update, batch in run.updates(order.split(args.batch_size), ["loss"]):
+                # The masks, like the order, are a function of the seed, the epoch and the update.
+                rng = utils.generator("masks", args.seed, epoch, update)
+                noise = draw_noise(args.masking, len(batch), num_patches, args.mask_ratio, rng)
+                crop = torch.rand(len(batch), 5, generator=rng) if args.augment else None
+                train_batch(
+                    net, optim, scaler, images, batch, noise, micro_batch_size, run.progress, crop
+                )
+            results = run.progress.mean()
 
-    for epoch in range(run.epoch, args.total_epoch):
-        lr = utils.set_learning_rate(optim, epoch, args)
-        model.train()
-        order = torch.randperm(num_images, generator=utils.generator("order", args.seed, epoch))
-        progress = run.start_epoch(device, ["loss"], num_images)
-        for update, batch in run.updates(order.split(args.batch_size)):
-            # The masks, like the order, are a function of the seed, the epoch and the update.
-            rng = utils.generator("masks", args.seed, epoch, update)
-            noise = draw_noise(args.masking, len(batch), num_patches, args.mask_ratio, rng)
-            crop = [torch.rand(len(batch), 5, generator=rng)] if args.augment else []
-            train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop)
-        results = progress.mean()
-
-        model.eval()
-        grid = reconstruction_grid(model, shown, shown_noise, args.patch_size, args.norm_pix_loss)
-        speed = progress.per_second
-        scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
-        run.curves.write(epoch, scalars, {"mae_image": grid})
-        utils.print_rank_0(
-            f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-            f"{speed:,.0f} images/s{run.time_left()}"
-        )
-        kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
-        if run.end_epoch() or kept:
-            facts = {"epoch": epoch + 1, "metrics": results, "chosen": chosen}
-            content = utils.model_bytes(model, architecture, args, **facts)
-            run.files |= dict.fromkeys([args.model_path, *kept], content)
-            run.files[png_path] = utils.png_bytes(grid)
-            run.save()
+            model.eval()
+            grid = reconstruction_grid(
+                model, shown, shown_noise, args.patch_size, args.norm_pix_loss
+            )
+            run.check_finite(grid)
+            speed, left = (
+                run.progress.per_second,
+                run.progress.time_left(args.total_epoch - epoch - 1),
+            )
+            scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
+            run.curves.write(epoch, scalars, {"mae_image": grid})
+            utils.print_rank_0(
+                f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
+                f"{speed:,.0f} images/s{left}"
+            )
+            kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
+            if run.end_epoch(save_now=bool(kept)):
+                more = {"epoch": epoch + 1, "metrics": results, "chosen": settings}
+                content = utils.model_bytes(model, architecture, args, **more)
+                files = dict.fromkeys([args.model_path, *kept], content)
+                run.save(files | {png_path: utils.png_bytes(grid)})
     utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")
     if args.demo:
         model_path = shlex.quote(args.model_path)
-        utils.print_rank_0(
-            f"\nLook at {png_path}: 16 images, each masked, reconstructed and as it was drawn.\n"
-            "See next what pretraining is worth with 500 labels, from scratch and pretrained:\n"
-            "    python train_classifier.py --demo\n"
-            f"    python train_classifier.py --demo --pretrained_model_path {model_path} "
-            "--output_model_path vit-t-classifier-demo-pretrained.pth"
-        )
+        utils.print_rank_0(AFTER_DEMO.format(png_path=png_path, model_path=model_path))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ Shapes: B images, T patches per image, T_vis of them visible, C embedding width,
 the cls token first. A mask is 1 where a patch is hidden and 0 where the encoder saw it.
 """
 
-import math
-
 import torch
 from einops import rearrange
 from einops.layers.torch import Rearrange
+from timm.models.vision_transformer import Block
 from torch.nn.init import trunc_normal_
 
 
@@ -41,8 +40,6 @@ def count_visible(num_patches, mask_ratio):
 
 
 def transformer_blocks(emb_dim, num_layer, num_head):
-    from timm.models.vision_transformer import Block  # not above: --help need not wait for it
-
     # The published weights belong to LayerNorm's eps of 1e-5; timm's own default is 1e-6 today.
     blocks = [Block(emb_dim, num_head, norm_layer=torch.nn.LayerNorm) for _ in range(num_layer)]
     return torch.nn.Sequential(*blocks)
@@ -68,7 +65,8 @@ class PatchShuffle(torch.nn.Module):
         T, B, C = patches.shape
         if noise is None:
             noise = torch.rand(B, T, device=patches.device)
-        forward_indexes, backward_indexes = (i.T for i in random_indexes(T, noise))  # [T,B] each
+        forward_indexes, backward_indexes = random_indexes(T, noise)  # [B,T] each
+        forward_indexes, backward_indexes = forward_indexes.T, backward_indexes.T
         visible = take_indexes(patches, forward_indexes[: count_visible(T, self.ratio)])
         return visible, forward_indexes, backward_indexes
 
@@ -108,6 +106,7 @@ class MAE_Encoder(torch.nn.Module):
         patches = patches + self.pos_embedding
         visible, _, backward_indexes = self.shuffle(patches, noise)  # [T_vis,B,C]
         tokens = torch.cat([self.cls_token.expand(-1, visible.shape[1], -1), visible])
+        # Copied once, here, or the first norm of every block would copy.
         tokens = rearrange(tokens, "t b c -> b t c").contiguous()  # [B,1+T_vis,C]
         features = self.layer_norm(self.transformer(tokens))
         features = rearrange(features, "b t c -> t b c")  # [1+T_vis,B,C]
@@ -205,98 +204,26 @@ class ViT_Classifier(torch.nn.Module):
         self.layer_norm = encoder.layer_norm
         self.head = torch.nn.Linear(self.pos_embedding.shape[-1], num_classes)
 
-    def features(self, img, branch_scale=None):
-        """img [B,3,H,W], branch_scale as in forward -> what the head sees, [B,C]."""
+    def features(self, img, drop_path_scale=None):
+        """img [B,3,H,W], drop_path_scale as in forward -> what the head sees, [B,C]."""
         patches = self.patchify(img)  # [B,C,h,w]
         patches = rearrange(patches, "b c h w -> (h w) b c")  # [T,B,C]
         patches = patches + self.pos_embedding
         tokens = torch.cat([self.cls_token.expand(-1, patches.shape[1], -1), patches])
         tokens = rearrange(tokens, "t b c -> b t c").contiguous()  # [B,1+T,C]
-        if branch_scale is None:
+        if drop_path_scale is None:
             tokens = self.transformer(tokens)
         else:  # what timm's Block does, but with our numbers
             for i, block in enumerate(self.transformer):
-                attn_scale, mlp_scale = branch_scale[:, i, :, None, None].unbind(1)  # [B,1,1] each
-                tokens = tokens + attn_scale * block.attn(block.norm1(tokens))
-                tokens = tokens + mlp_scale * block.mlp(block.norm2(tokens))
+                scale = drop_path_scale[:, i, :, None, None]  # [B,2,1,1]
+                tokens = tokens + scale[:, 0] * block.attn(block.norm1(tokens))
+                tokens = tokens + scale[:, 1] * block.mlp(block.norm2(tokens))
         return self.layer_norm(tokens)[:, 0]
 
-    def forward(self, img, branch_scale=None):
+    def forward(self, img, drop_path_scale=None):
         """img [B,3,H,W] -> logits [B,num_classes].
 
-        branch_scale [B,num_layer,2] multiplies the two branches of each block, image by image:
+        drop_path_scale [B,num_layer,2] multiplies the two branches of each block, image by image:
         0 or 1 / (1 - rate) is stochastic depth (drop path, arXiv:1603.09382); None leaves them.
         """
-        return self.head(self.features(img, branch_scale))
-
-
-def architecture_of(weights):
-    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
-
-    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
-    Raises KeyError for a tensor that is not there.
-    """
-    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
-
-    def count_blocks(part):
-        return sum(x.startswith(part) and x.endswith("norm1.weight") for x in weights)
-
-    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
-    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
-    architecture = {
-        "image_size": math.isqrt(num_patches) * patch_size,
-        "patch_size": patch_size,
-        "emb_dim": emb_dim,
-        "encoder_layer": count_blocks(f"{prefix}transformer."),
-    }
-    if prefix:
-        architecture["decoder_layer"] = count_blocks("decoder.transformer.")
-        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
-    elif "head.bias" in weights:
-        architecture["num_classes"] = len(weights["head.bias"])
-    return architecture
-
-
-def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier -> content of a model file.
-
-    It may have been pickled within DataParallel, torch.compile's module, or one within the other.
-    """
-    for _ in range(2):
-        module = module._modules.get("module", module._modules.get("_orig_mod", module))
-    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
-    encoder = module._modules.get("encoder", module)
-    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
-    if kind == "MAE_ViT":
-        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
-        architecture["mask_ratio"] = encoder.shuffle.ratio
-    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
-
-
-def to_timm(model):
-    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
-
-    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
-    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
-    """
-    names = {
-        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
-        "layer_norm": "norm",
-    }  # fmt: skip
-    state_dict, weights = model.state_dict(), {}
-    sizes = architecture_of(state_dict)
-    for name, tensor in state_dict.items():
-        first, *rest = name.split(".")
-        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
-    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
-    return weights, {
-        "img_size": sizes["image_size"],
-        "patch_size": sizes["patch_size"],
-        "embed_dim": sizes["emb_dim"],
-        "depth": sizes["encoder_layer"],
-        "num_heads": model.transformer[0].attn.num_heads,
-        "num_classes": sizes.get("num_classes", 0),
-        "qkv_bias": False,
-        "no_embed_class": True,
-        "norm_layer": torch.nn.LayerNorm,
-    }
+        return self.head(self.features(img, drop_path_scale))

@@ -13,16 +13,24 @@ best epoch to --output_model_path. The demo takes half a minute on two CPU cores
 from scratch, 63 % from the pretrained encoder (see tests/RESULTS.md).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import contextlib
 import copy
+import functools
 import math
 import os
 
-import utils  # isort: skip  (first, as it sets an environment variable that PyTorch reads)
-
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
+from torchvision.transforms.functional import to_tensor
 
+import utils
 from model import MAE_Encoder, ViT_Classifier
 
 ENCODER = dict(image_size=32, patch_size=2, emb_dim=192, encoder_layer=12, encoder_head=3)
@@ -40,11 +48,8 @@ DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 64, "encoder_layer": 4, "e
 
 
 def get_args(argv=None):
-    parser = utils.ArgumentParser(__doc__)
+    parser = utils.ArgumentParser(__doc__, DEMO, "half a minute")
     # fmt: off
-    parser.add_argument("--demo", action="store_true",
-        help="set defaults for a small offline run that takes half a minute: "
-             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("model",
         "with --pretrained_model_path, read from that file").add_argument
     add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
@@ -85,31 +90,30 @@ def get_args(argv=None):
         base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
         warmup_epoch=5, output_model_path="vit-t-classifier-from_scratch.pth")
     # fmt: on
-    if parser.parse_known_args(argv)[0].eval:
-        parser.set_defaults(dataset=None, data_path=None)  # evaluate_file takes those of the file
-    return parser.parse(argv, DEMO, "output_model_path")
+    args = parser.parse_args(argv)
+    if args.eval:  # evaluate_file takes those of the file
+        return parser.parse_args(argv, argparse.Namespace(dataset=None, data_path=None))
+    return utils.resume_args(parser, argv, "output_model_path") if args.resume else args
 
 
-def get_encoder(args):
-    """The encoder to train, new or from --pretrained_model_path -> MAE_Encoder, architecture.
+def make_encoder(args):
+    """The encoder to train, new or from --pretrained_model_path -> MAE_Encoder, its sizes.
 
     Raises InputError, naming both values, if a flag does not fit the pretrained file.
     """
     path = None if args.resume else args.pretrained_model_path  # a state has the weights itself
+    sizes = DEMO_ENCODER if args.demo else ENCODER
     if path:
-        mae, architecture, _ = utils.load_model(path, "MAE_ViT")
-    else:
-        architecture = DEMO_ENCODER if args.demo else ENCODER
-    for name in ENCODER:
-        value = getattr(args, name)
-        if path and value not in (None, architecture[name]):
+        mae, sizes, _ = utils.load_model(path, "MAE_ViT")
+    asked = {name: getattr(args, name) for name in ENCODER if getattr(args, name)}
+    for name, value in asked.items():
+        if path and value != sizes[name]:
             raise utils.InputError(
-                f"--{name} {value} does not fit {path}, whose {name} is {architecture[name]}"
+                f"--{name} {value} does not fit {path}, whose {name} is {sizes[name]}"
             )
-        setattr(args, name, value or architecture[name])
-    architecture = {name: getattr(args, name) for name in ENCODER}
+    sizes = {name: sizes[name] for name in ENCODER} | asked
     new = args.from_scratch or not path
-    return MAE_Encoder(*architecture.values()) if new else mae.encoder, architecture
+    return MAE_Encoder(*sizes.values()) if new else mae.encoder, sizes
 
 
 def parameter_groups(model, layer_decay):
@@ -134,111 +138,109 @@ def parameter_groups(model, layer_decay):
 
 # --augment takes 22 random numbers per image: 9 distort it, 9 the image it is mixed with, 4 mix.
 OPERATIONS, ERASE, MIX, SMOOTHING = 9, 0.25, 0.5, 0.1
-DISTORT_DRAWS, MIX_DRAWS = 9, 4
-# Among them, those that set a strength, and those that are compared with ERASE and MIX.
-LEVELS, CHANCES = [1, 10], [5, 14, 18]
 
 
-def distort(img, draw):
-    """Change each image in its own way: img [b,3,H,W], draw [b,9] in [0, 1) -> [b,3,H,W].
+def distort(img, rand, strength=1.0):
+    """Change each image in its own way: img [b,3,H,W], rand [b,9] in [0, 1) -> [b,3,H,W].
 
     Shift by up to an eighth, flip, one operation of random strength, and sometimes a grey square.
     The operations are most of TrivialAugment's (arXiv:2103.10158), of which torchvision applies
-    one to the whole batch.
+    one to the whole batch. strength: from 0, only shift and flip, to 1.
     """
-    chosen, level, shift_x, shift_y, flip, erase, side, x, y = draw.unbind(1)
-    # All operations run; those not chosen have strength 0, which changes nothing.
-    strength = one_hot((chosen * OPERATIONS).long(), OPERATIONS) * (2 * level[:, None] - 1)
-    turn, shear_x, shear_y, *strength = strength.unbind(1)
-    bright, contrast, colour, sharp, solar, _ = (v[:, None, None, None] for v in strength)
+    operation, level, shift_x, shift_y, flip, erase, side, x, y = rand.unbind(1)
+    # All operations run; those not drawn have strength 0, which changes nothing.
+    level = strength * (2 * level - 1)
+    levels = one_hot((operation * OPERATIONS).long(), OPERATIONS) * level[:, None]
+    turn, shear_x, shear_y, *levels = levels.unbind(1)
+    bright, contrast, colour, sharp, solar, _ = (v[:, None, None, None] for v in levels)
 
     width = img.shape[-1]
-    shift_x, shift_y = (
-        ((2 * u - 1) * (width // 8)).round() / width * 2 for u in (shift_x, shift_y)
-    )
+    shift_x = ((2 * shift_x - 1) * (width // 8)).round() / width * 2  # whole pixels
+    shift_y = ((2 * shift_y - 1) * (width // 8)).round() / width * 2
     flip, turn = (flip < 0.5) * 2 - 1, turn * math.radians(30)
     to_x = flip * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x
     to_y = flip * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y
     img = utils.warp(img, torch.stack([*to_x, *to_y], 1).view(-1, 2, 3))
 
-    def blend(base, strength):
-        return base + (img - base) * (1 + 0.9 * strength)
+    def blend(base, level):
+        return base + (img - base) * (1 + 0.9 * level)
 
     img = blend(-1, bright)
     img = blend(img.mean((1, 2, 3), keepdim=True), contrast)
     img = blend(img.mean(1, keepdim=True), colour)
     img = blend(avg_pool2d(img, 3, 1, 1, count_include_pad=False), sharp).clamp(-1, 1)
     img = torch.where(img > 1 - 2 * solar.abs(), -img, img)
-    erased = square_mask(img, side * 0.6, x, y) & (erase < ERASE)[:, None, None, None]
+    erased = square_mask(img, side * 0.6, x, y) & (erase < ERASE * strength)[:, None, None, None]
     return img.masked_fill(erased, 0.0)
 
 
 def square_mask(img, side, x, y):
     """True inside a square of each image, [b,1,H,W]; side and centre [b] in units of the image."""
     axis = (torch.arange(img.shape[-1], device=img.device) + 0.5) / img.shape[-1]  # [W]
-    inside = [(axis - centre[:, None]).abs() < side[:, None] / 2 for centre in (x, y)]  # [b,W]
-    return (inside[0][:, None, :] & inside[1][:, :, None])[:, None]
+    inside_x = (axis - x[:, None]).abs() < side[:, None] / 2  # [b,W]
+    inside_y = (axis - y[:, None]).abs() < side[:, None] / 2
+    return (inside_x[:, None, :] & inside_y[:, :, None])[:, None]
 
 
-def mix(img, other, draw):
-    """MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of half of the images.
+def mix(img, other, rand, strength=1.0):
+    """MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of a share of the images.
 
-    img, other [b,3,H,W], draw [b,4] in [0, 1) -> mixed [b,3,H,W], the weight of img in each, [b].
+    img, other [b,3,H,W], rand [b,4] in [0, 1) -> mixed [b,3,H,W], the weight of img in each, [b].
+    The share is half of the strength.
     """
-    kind, amount, x, y = draw.unbind(1)
-    kind, amount = (v[:, None, None, None] for v in (kind, amount))
-    cut = square_mask(img, (1 - amount.flatten()).sqrt(), x, y)
+    kind, amount, x, y = rand.unbind(1)
+    cut = square_mask(img, (1 - amount).sqrt(), x, y)
+    kind, amount = kind[:, None, None, None] / strength, amount[:, None, None, None]
     weight = torch.where(kind < MIX / 2, (~cut).float(), torch.where(kind < MIX, amount, 1.0))
     return weight * img + (1 - weight) * other, weight.expand_as(img).mean((1, 2, 3))
 
 
-def branch_scale(n, num_layer, rate, rng):
+def drop_path_scale(n, num_layer, rate, rng):
     """For --drop_path, the factors of the branches: [n,num_layer,2], 0 or 1 / (1 - rate)."""
     probability = torch.linspace(0, rate, num_layer)[:, None]
     return (torch.rand(n, num_layer, 2, generator=rng) >= probability) / (1 - probability)
 
 
 def draw_recipe(args, batch, num_layer, epoch, update):
-    """Draw the random numbers of --augment and --drop_path for a batch, as train_batch takes them.
+    """What --augment and --drop_path draw for a batch: train_batch's partners, rand and drop.
 
-    Like the order, they are a function of the seed, the epoch and the update.
+    Like the order, they are a function of the seed, the epoch and the update; None if not asked.
     """
     rng = utils.generator("augment", args.seed, epoch, update)
-    n, recipe = len(batch), {}
+    n, partners, rand, drop = len(batch), None, None, None
     if args.augment is not None:
         partners = batch[torch.randperm(n, generator=rng)]
-        draw = torch.rand(n, 2 * DISTORT_DRAWS + MIX_DRAWS, generator=rng)
-        draw[:, LEVELS] = 0.5 + (draw[:, LEVELS] - 0.5) * args.augment  # nearer to no change
-        draw[:, CHANCES] /= args.augment  # less often small enough
-        recipe = {"augment": (partners, draw), "smoothing": SMOOTHING * args.augment}
+        rand = torch.rand(n, 22, generator=rng)
     if args.drop_path:
-        recipe["drop"] = (branch_scale(n, num_layer, args.drop_path, rng),)
-    return recipe
+        drop = drop_path_scale(n, num_layer, args.drop_path, rng)
+    return partners, rand, drop
 
 
 def train_batch(
     net, optim, scaler, images, labels, batch, micro_batch_size, progress,
-    augment=(), smoothing=0.0, drop=(),
+    partners=None, rand=None, drop=None, strength=1.0,
 ):  # fmt: skip
     """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
 
-    scaler is a GradScaler, which does nothing but in fp16.
-    augment is empty or (partners [N], indexes of the images to mix with; random numbers [N,22]);
-    drop is empty or (branch_scale [N,num_layer,2],). Both are on the host.
+    scaler is a GradScaler, which does nothing but in fp16. With --augment of a strength, partners
+    [N] are the indexes of the images to mix with, and rand [N,22] random numbers; with --drop_path,
+    drop is a drop_path_scale [N,num_layer,2]. All are on the host.
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
-    tensors = batch, *augment, *drop
-    for index, *drawn in utils.micro_batches(net, micro_batch_size, images.device, *tensors):
+    tensors = batch, partners, rand, drop
+    smoothing = 0.0 if rand is None else SMOOTHING * strength
+    for index, partner, rand, drop in utils.micro_batches(
+        net, micro_batch_size, images.device, *tensors
+    ):
         img, label = utils.to_float(images[index]), labels[index]
-        if augment:
-            partner, draw, *drawn = drawn
-            draws = draw.split([DISTORT_DRAWS, DISTORT_DRAWS, MIX_DRAWS], dim=1)
-            other = distort(utils.to_float(images[partner]), draws[1])
-            img, share = mix(distort(img, draws[0]), other, draws[2])
-        logits = net(img, *drawn).float()  # [b,num_classes]
+        if rand is not None:
+            rand, other_rand, mix_rand = rand.split([9, 9, 4], dim=1)
+            other = distort(utils.to_float(images[partner]), other_rand, strength)
+            img, share = mix(distort(img, rand, strength), other, mix_rand, strength)
+        logits = net(img, *([] if drop is None else [drop])).float()  # [b,num_classes]
         loss = cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)  # [b]
-        if augment:
+        if rand is not None:
             target = labels[partner]
             other = cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
             loss = torch.lerp(other, loss, share)
@@ -270,27 +272,51 @@ def evaluate(net, images, labels, micro_batch_size):
 def extract_features(model, precision, micro_batch_size, train_images, *others):
     """Images uint8 [N,3,H,W] -> features [N,C], of mean 0 and variance 1 over the training set.
 
-    And the norm that makes them so: a BatchNorm without affine parameters (paper, appendix A.1,
-    "Linear probing"), with statistics of all training images rather than of each batch.
+    And that mean and standard deviation: those of BatchNorm without affine parameters (paper,
+    appendix A.1, "Linear probing"), over all training images rather than each batch.
     """
-    device = train_images.device
-    encoder = copy.deepcopy(model).to(device)
+    encoder = copy.deepcopy(model).to(train_images.device)
     encoder.head = torch.nn.Identity()
-    net = utils.Accelerated(encoder, device, precision)
+    net = utils.Accelerated(encoder, train_images.device, precision)
     train, *rest = (predict(net, images, micro_batch_size) for images in (train_images, *others))
-    norm = torch.nn.BatchNorm1d(train.shape[1], affine=False, momentum=1.0).to(device)
-    norm(train)
-    norm.eval()
-    return norm, [norm(features) for features in (train, *rest)]
+    variance = train.var(0, correction=min(1, len(train) - 1))  # a single image has none
+    mean, std = train.mean(0), (variance + 1e-5).sqrt()
+    return mean, std, [(features - mean) / std for features in (train, *rest)]
 
 
-def fold_norm(model, norm):
-    """The classifier whose head does what the norm and then the head of `model` do."""
+def fold_norm(model, mean, std):
+    """The classifier whose head does what normalising and then the head of `model` do."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.head.weight /= (norm.running_var + norm.eps).sqrt()
-        model.head.bias -= model.head.weight @ norm.running_mean
+        model.head.weight /= std
+        model.head.bias -= model.head.weight @ mean
     return model
+
+
+@functools.cache
+def load_fonts():
+    """Fonts of the usual systems, if they are there; the last is Pillow's own, for English."""
+    fonts = []
+    for name in ("DejaVuSans", "LiberationSans-Regular", "Arial Unicode", "arial", "msyh"):
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size=12))
+    return [*fonts, ImageFont.load_default(size=12)]
+
+
+def write_text(draw, where, text, width, colour="black", anchor="la"):
+    """Write a line with an ImageDraw, cut to the width in pixels, in a font that has its letters.
+
+    If no font has them all, without those beyond ASCII.
+    """
+    for font in load_fonts():
+        unknown = bytes(font.getmask("\uffff"))
+        if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
+            break
+    else:
+        text = "".join(filter(str.isascii, text))
+    while font.getlength(text) > width:
+        text = text[:-1]
+    draw.text(where, text, colour, font, anchor)
 
 
 def draw_confusion(counts, classes):
@@ -298,8 +324,6 @@ def draw_confusion(counts, classes):
 
     Darker cells hold a larger share of their row; up to 30 classes have names and numbers.
     """
-    from torchvision.transforms.functional import to_tensor
-
     k = len(classes)
     cell, left, top = (44, 130, 30) if k <= 30 else (max(1, 900 // k), 0, 0)
     share = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
@@ -312,13 +336,25 @@ def draw_confusion(counts, classes):
     draw.text((4, 2), "rows: true,\ncolumns: predicted" if left else "", "black")
     for i, name in enumerate(classes if left else []):
         middle = i * cell + cell // 2
-        utils.write_text(draw, (left - 6, top + middle), f"{i} {name}", left - 10, anchor="rm")
+        write_text(draw, (left - 6, top + middle), f"{i} {name}", left - 10, anchor="rm")
         draw.text((left + middle, top - 6), f"{i}", "black", anchor="mb")
         for j in range(k):
             colour = "white" if share[i, j] > 0.5 else "black"
             x = left + j * cell + cell // 2
             draw.text((x, top + middle), f"{counts[i, j]}", colour, anchor="mm")
     return to_tensor(img)
+
+
+def draw_captioned(images, title, captions):
+    """images uint8 [N,3,H,H], eight to a row -> picture [3,H',W'] in [0, 1], with a title.
+
+    captions: for each image, two lines of (text, colour) to write below it.
+    """
+    page, corners = utils.draw_images(images, min(8, len(images)), [title], space=42)
+    for (x, y), lines in zip(corners, captions, strict=True):
+        for line, (text, colour) in enumerate(lines):
+            write_text(ImageDraw.Draw(page), (x, y + 17 * line), text, 128, colour)
+    return to_tensor(page)
 
 
 def draw_predictions(images, true, predicted, classes):
@@ -333,7 +369,7 @@ def draw_predictions(images, true, predicted, classes):
     names = [f"{i} {name}" for i, name in enumerate(classes)]
     captions = [[(names[t], "black"), (names[p], "green" if t == p else "red")] for t, p in pairs]
     title = f"{len(mistakes)} mistakes, then images classified right: true and predicted class"
-    return utils.draw_images(images[shown], min(8, len(shown)), [title], captions)
+    return draw_captioned(images[shown], title, captions)
 
 
 def blocks_of(model):
@@ -345,11 +381,11 @@ def blocks_of(model):
 def classify(model, images, devices, args):
     """Logits of a classifier for images uint8 [N,3,H,W]: [N,num_classes], on the host."""
     images = images.to(devices[0])
-    net, micro_batch_size, chosen = utils.prepare_model(
+    net, micro_batch_size, settings = utils.prepare_model(
         model.eval(), devices, args, example=[utils.to_float(images[:1])],
         blocks=blocks_of(model), num_images=0,
     )  # fmt: skip
-    utils.print_facts("chosen", chosen)
+    utils.print_settings("chosen", settings)
     return predict(net, images, micro_batch_size).cpu()
 
 
@@ -369,9 +405,8 @@ def predict_files(args):
         name = os.path.basename(path)
         captions.append([(f"{i} {classes[i]}", "black"), (f"{p:.0%}, {name}", "grey")])
     shown = utils.evenly_spaced(len(files), 40).tolist()
-    captions = [captions[i] for i in shown]
-    img = utils.draw_images(images[shown], min(8, len(shown)), ["predicted"], captions)
     if utils.rank() == 0:
+        img = draw_captioned(images[shown], "predicted", [captions[i] for i in shown])
         utils.write_file(png_path, utils.png_bytes(img))
     utils.print_rank_0(f"{len(shown)} of {len(files)} images with their classes: {png_path}")
 
@@ -379,22 +414,23 @@ def predict_files(args):
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
     devices, start = utils.choose_devices(args.device), os.path.splitext(args.eval)[0]
-    png_paths = f"{start}-confusion.png", f"{start}-predictions.png"
     model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     saved = {"dataset": "cifar10", "data_path": "data"} | content.get("args", {})
+    args = copy.copy(args)
+    args.image_size, args.train_images = architecture["image_size"], 0
     args.dataset = args.dataset or saved["dataset"]
     path = saved["data_path"] if args.dataset == saved["dataset"] else "data"
     args.data_path = args.data_path or (path if os.path.isdir(path) else "data")
-    utils.check_outputs(*png_paths)
-    args.image_size, args.train_images = architecture["image_size"], 1  # training images: unused
+    utils.download(args)
     dataset = utils.load_dataset(args, devices[0])
     k = architecture["num_classes"]
     classes = content.get("classes") or dataset.classes  # the source's files do not name them
-    if classes != dataset.classes or k != len(classes):
+    if [x for x in classes if x in dataset.classes] != dataset.classes or k != len(classes):
         raise utils.InputError(
             f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
         )
-    images, true = dataset.val_images, dataset.val_labels.cpu()
+    images = dataset.val_images
+    true = torch.tensor([classes.index(x) for x in dataset.classes])[dataset.val_labels.cpu()]
     logits = classify(model, images, devices, args)
     loss, predicted = cross_entropy(logits.double(), true).item(), logits.argmax(-1)
     counts = (true * k + predicted).bincount(minlength=k * k).view(k, k)  # [i, j]: i taken for j
@@ -407,6 +443,7 @@ def evaluate_file(args):
         confusion = draw_confusion(counts, classes)
         predictions = draw_predictions(images, true, predicted, classes)
         pictures = {"cls/confusion": confusion, "cls/predictions": predictions}
+        png_paths = [utils.free_path(f"{start}-{tag[4:]}.png") for tag in pictures]
         for path, img in zip(png_paths, pictures.values(), strict=True):
             utils.write_file(path, utils.png_bytes(img))
         folder = utils.new_run_folder(args.log_dir, args.dataset, args.run_name or "eval-cls")
@@ -416,106 +453,43 @@ def evaluate_file(args):
 
 @utils.memory_for("the dataset, twice for --holdout,", "--train_images or --image_size")
 def hold_out(dataset, n):
-    """Take n training images, spread over the classes, as validation images -> Dataset."""
-    held = utils.spread(dataset.train_labels.cpu(), n, "--holdout")
+    """Take n training images, spread over the classes, as validation images -> ImageSet."""
+    held = utils.stratified_subset(dataset.train_labels.cpu(), n, "--holdout")
     rest = torch.ones(len(dataset.train_labels), dtype=torch.bool)
     rest[held] = False
     if not rest.any():
         raise utils.InputError(f"--holdout {n} leaves no image to train on")
     images, labels = dataset.train_images, dataset.train_labels
-    return utils.Dataset(images[rest], labels[rest], images[held], labels[held], dataset.classes)
+    return utils.ImageSet(images[rest], labels[rest], images[held], labels[held], dataset.classes)
 
 
-def main(args):
-    if args.eval:
-        return evaluate_file(args) if args.predict is None else predict_files(args)
-    if args.predict is not None:
-        raise utils.InputError("--predict needs the classifier: add --eval FILE")
-    if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
-        raise utils.InputError(
-            "--linear_probe trains on features that are computed once: leave out --augment, "
-            "--drop_path and --layer_decay"
-        )
-    utils.setup_seed(args.seed)
-    devices = utils.choose_devices(args.device)
-    device = devices[0]
-    utils.check_outputs(args.output_model_path, utils.state_path(args.output_model_path))
+def to_timm(model):
+    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
 
-    encoder, architecture = get_encoder(args)
-    utils.print_facts("arguments", vars(args))
-    dataset = utils.load_dataset(args, device)
-    fingerprint = utils.checksum(*dataset[:4])
-    test_images, test_labels = dataset.val_images, dataset.val_labels
-    if args.holdout:
-        dataset = hold_out(dataset, args.holdout)
-    images, labels, val_images, val_labels, classes = dataset
-    architecture["num_classes"] = len(classes)
-    model = ViT_Classifier(encoder, len(classes))
-    name = "pretrain-cls" if args.pretrained_model_path and not args.from_scratch else "scratch-cls"
-    groups, trained = parameter_groups(model, args.layer_decay), model
-    example = [utils.to_float(images[:1])]
-    if args.drop_path:
-        example.append(torch.ones(1, args.encoder_layer, 2, device=device))
-    if args.linear_probe:
-        name, groups, trained = "probe-cls", model.head.parameters(), model.head
-        example = [torch.zeros(1, args.emb_dim, device=device)]
-    net, micro_batch_size, chosen = utils.prepare_model(
-        trained, devices, args, example, blocks_of(model),
-        num_images=args.total_epoch * len(images), cpu_limit=256,
-    )  # fmt: skip
-    optim = torch.optim.AdamW(
-        groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
-
-    run = utils.Run(args, name, args.output_model_path, model, optim, scaler, fingerprint)
-    utils.describe_run(args, chosen, model, dataset, run.curves.folder)
-    if args.linear_probe:  # now, as a resumed run has the encoder from its state
-        norm, (images, val_images, test_images) = extract_features(
-            model, chosen["precision"], chosen["micro-batch"], images, val_images, test_images
-        )
-
-    for epoch in range(run.epoch, args.total_epoch):
-        lr = utils.set_learning_rate(optim, epoch, args)
-        model.train()
-        order = torch.randperm(len(images), generator=utils.generator("order", args.seed, epoch))
-        progress = run.start_epoch(device, ["loss", "acc"], len(images))
-        for update, batch in run.updates(order.split(args.batch_size)):
-            recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
-            train_batch(
-                net, optim, scaler, images, labels, batch, micro_batch_size, progress, **recipe
-            )
-        train = progress.mean()
-
-        model.eval()
-        val = evaluate(net, val_images, val_labels, micro_batch_size)
-        curves = {f"cls/{key}": {"train": train[key], "val": val[key]} for key in ("loss", "acc")}
-        speed = progress.per_second
-        run.curves.write(epoch, curves | {"lr": lr, "images_per_second": speed})
-        utils.print_rank_0(
-            f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
-            f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-            f"lr {lr:.2e}, {speed:,.0f} images/s{run.time_left()}"
-        )
-        best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
-        results = {"epoch": epoch + 1, **val}
-        if args.holdout and (best or epoch + 1 == args.total_epoch):
-            test = evaluate(net, test_images, test_labels, micro_batch_size)
-            results |= {f"test_{key}": value for key, value in test.items()}
-        run.results["last"] = results
-        paths = kept = utils.kept_paths(args.output_model_path, epoch + 1, args.keep_every)
-        if best:
-            run.results["best"] = results
-            paths = [args.output_model_path, *kept]
-        if paths:
-            more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
-            more |= {"chosen": chosen, "classes": classes}
-            saved = fold_norm(model, norm) if args.linear_probe else model
-            content = utils.model_bytes(saved, architecture, args, **more)
-            run.files |= dict.fromkeys(paths, content)
-        if run.end_epoch() or kept:
-            run.save()
-    utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {args.output_model_path}")
+    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
+    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
+    """
+    names = {
+        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
+        "layer_norm": "norm",
+    }  # fmt: skip
+    state_dict, weights = model.state_dict(), {}
+    sizes = utils.architecture_of(state_dict)
+    for name, tensor in state_dict.items():
+        first, *rest = name.split(".")
+        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
+    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
+    return weights, {
+        "img_size": sizes["image_size"],
+        "patch_size": sizes["patch_size"],
+        "embed_dim": sizes["emb_dim"],
+        "depth": sizes["encoder_layer"],
+        "num_heads": model.transformer[0].attn.num_heads,
+        "num_classes": sizes.get("num_classes", 0),
+        "qkv_bias": False,
+        "no_embed_class": True,
+        "norm_layer": torch.nn.LayerNorm,
+    }
 
 
 def report(args, results, num_test):
@@ -529,6 +503,103 @@ def report(args, results, num_test):
         f"accuracy on {num_test:,} {kind} images: best {best[key]:.2%} (epoch {best['epoch']}, "
         f"chosen on {chosen}), last {last[key]:.2%}; model of the best epoch"
     )
+
+
+def main(args):
+    utils.check_same_flags(args)
+    if args.eval:
+        return evaluate_file(args) if args.predict is None else predict_files(args)
+    if args.predict is not None:
+        raise utils.InputError("--predict needs the classifier: add --eval FILE")
+    if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
+        raise utils.InputError(
+            "--linear_probe computes features once: leave out --augment, --drop_path, --layer_decay"
+        )
+    utils.setup_seed(args.seed)
+    devices = utils.choose_devices(args.device)
+    device = devices[0]
+    encoder, sizes = make_encoder(args)
+    args = argparse.Namespace(**vars(args) | sizes)
+    utils.print_settings("arguments", vars(args))
+    utils.download(args)
+    dataset = all_images = utils.load_dataset(args, device)
+    if args.holdout:
+        dataset = hold_out(dataset, args.holdout)
+    images, labels, val_images, val_labels, classes = dataset
+    test_images, test_labels = all_images.val_images, all_images.val_labels
+
+    model = ViT_Classifier(encoder, len(classes))
+    name = "pretrain-cls" if args.pretrained_model_path and not args.from_scratch else "scratch-cls"
+    groups, trained = parameter_groups(model, args.layer_decay), model
+    example = [utils.to_float(images[:1])]
+    if args.drop_path:
+        example.append(torch.ones(1, args.encoder_layer, 2, device=device))
+    if args.linear_probe:
+        name, groups, trained = "probe-cls", model.head.parameters(), model.head
+        example = [torch.zeros(1, args.emb_dim, device=device)]
+    net, micro_batch_size, settings = utils.prepare_model(
+        trained, devices, args, example, blocks_of(model),
+        num_images=args.total_epoch * len(images), cpu_limit=256,
+    )  # fmt: skip
+    optim = torch.optim.AdamW(
+        groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+
+    path, content = args.output_model_path, (model, optim, scaler, all_images)
+    with utils.start_run(args, name, path, *content) as run:
+        utils.describe_run(args, settings, model, dataset, run.curves.folder)
+        if args.linear_probe:  # now, as a resumed run has the encoder from its state
+            mean, std, (images, val_images, test_images) = extract_features(
+                model,
+                settings["precision"],
+                settings["micro-batch"],
+                images,
+                val_images,
+                test_images,
+            )
+        for epoch in run.epochs():
+            lr = utils.set_learning_rate(optim, epoch, args)
+            model.train()
+            order = torch.randperm(
+                len(images), generator=utils.generator("order", args.seed, epoch)
+            )
+            for update, batch in run.updates(order.split(args.batch_size), ["loss", "acc"]):
+                recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
+                train_batch(
+                    net, optim, scaler, images, labels, batch, micro_batch_size, run.progress,
+                    *recipe, args.augment,
+                )  # fmt: skip
+            train = run.progress.mean()
+
+            model.eval()
+            val = evaluate(net, val_images, val_labels, micro_batch_size)
+            run.check_finite(torch.tensor(val["loss"]))
+            curves = {f"cls/{key}": {"train": train[key], "val": val[key]} for key in val}
+            speed, left = (
+                run.progress.per_second,
+                run.progress.time_left(args.total_epoch - epoch - 1),
+            )
+            run.curves.write(epoch, curves | {"lr": lr, "images_per_second": speed})
+            utils.print_rank_0(
+                f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
+                f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
+                f"lr {lr:.2e}, {speed:,.0f} images/s{left}"
+            )
+            best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
+            results = {"epoch": epoch + 1, **val}
+            if args.holdout and (best or epoch + 1 == args.total_epoch):
+                test = evaluate(net, test_images, test_labels, micro_batch_size)
+                results |= {f"test_{key}": value for key, value in test.items()}
+            run.results |= {"last": results} | ({"best": results} if best else {})
+            paths = utils.kept_paths(path, epoch + 1, args.keep_every) + [path] * best
+            if run.end_epoch(save_now=bool(paths)):
+                saved = fold_norm(model, mean, std) if args.linear_probe else model
+                more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
+                more |= {"chosen": settings, "classes": classes}
+                sizes["num_classes"] = len(classes)
+                run.save(dict.fromkeys(paths, utils.model_bytes(saved, sizes, args, **more)))
+    utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {path}")
 
 
 if __name__ == "__main__":

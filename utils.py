@@ -1,13 +1,15 @@
-"""What both scripts share, in the order in which a run meets it.
+"""What both scripts share. It reads downwards: what is used stands above.
 
-torchvision and timm are imported where they are needed, so that --help does not wait for them.
+Errors, processes, command line, random numbers, images, device, model files, pictures, curves; and
+last the run, which can be stopped anywhere and goes on to the same result.
 """
 
 import argparse
+import cmath
+import collections
 import contextlib
 import ctypes
 import difflib
-import functools
 import glob
 import hashlib
 import importlib
@@ -17,34 +19,36 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-import typing
 import warnings
 import zipfile
 import zlib
 
-# GNU's OpenMP reads this when PyTorch loads: a waiting thread gives up a shared core sooner.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.functional import affine_grid, grid_sample
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier, architecture_of, unpack_module
+from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier
 
-# -------------------------------------------------------------------------------- command line
-# Flags of both scripts and errors in one line; called by get_args and at the end of each script.
+with contextlib.suppress(ImportError):  # not on Windows
+    import fcntl
+
+# ------------------------------------------------------------------------ errors and processes
+# Errors end a script in one line; one run may have several processes, on several GPUs or machines.
 
 
 class InputError(Exception):
@@ -52,6 +56,39 @@ class InputError(Exception):
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split())[:500])
+
+
+@contextlib.contextmanager
+def as_input_error(message, *kinds):
+    """Raise InputError, beginning with the message, for errors of these kinds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{message}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def memory_for(what="a micro-batch", remedy="--max_device_batch_size or the size of the model"):
+    """If memory runs out, of a GPU or not, raise InputError. Works as a decorator, too."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "DefaultCPUAllocator" in str(error):
+            raise InputError(f"{what} does not fit into memory: lower {remedy}") from error
+        raise
+
+
+def rank():
+    """The number of this process among those that torchrun has started; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun has started, on all machines; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def print_rank_0(text):
@@ -65,6 +102,16 @@ def print_rank_0(text):
         sys.stdout = open(os.devnull, "w")
 
 
+def end_with(message, status=1):
+    """Print an error and end this process. Of several, the first of a machine prints at once."""
+    if world_size() > 1 and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(3)  # torchrun ends this process meanwhile if the first has failed, too
+    tqdm.write(message, file=sys.stderr)
+    if world_size() > 1:  # a normal end would wait for the others, which may never answer
+        os._exit(status)
+    sys.exit(status)
+
+
 def reason(error):
     """The line of a message that says what went wrong; PyTorch's may quote whole tracebacks."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -72,173 +119,24 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def memory_for(what="a micro-batch", remedy="--max_device_batch_size or the size of the model"):
-    """If memory runs out, of a GPU or not, raise InputError. Works as a decorator, too."""
-    try:
-        yield
-    except Exception as error:
-        full = re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(error))
-        if full and not isinstance(error, InputError):
-            raise InputError(f"{what} does not fit into memory: lower {remedy}") from error
-        raise
-
-
-@contextlib.contextmanager
 def one_line_errors():
-    """End the program with `error: ...` and status 1 where the user can fix the cause."""
-    with contextlib.suppress(AttributeError):  # a notebook's stdout prints every character anyway
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """End the program with `error: ...` and status 1 where the user can fix the cause.
+
+    `python -X dev` shows the traceback instead.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may have been closed
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with memory_for():
             yield
-        return
     except Exception as error:
-        if isinstance(error, (InputError, SizeError)):
-            message = error
-        elif isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
-            message = InputError(f"another process has failed or cannot be reached: {error}")
-        elif world_size() == 1:
-            raise
-        else:
-            message = traceback.format_exc()
-    except KeyboardInterrupt:  # before training, which has a handler of its own
-        sys.exit(130)
-    tqdm.write(f"error: {message}", file=sys.stderr)
-    if world_size() > 1:  # a normal end would wait for the others, which may never answer
-        os._exit(1)
-    sys.exit(1)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the script's own line breaks; help texts explain defaults of None."""
-
-    def _get_help_string(self, action):
-        if action.default is False:
-            return f"{action.help} (default: off)"
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line, without the usage of all flags."""
-
-    def __init__(self, description):
-        super().__init__(usage="%(prog)s [options]", description=description, allow_abbrev=False)
-        self.formatter_class = HelpFormatter
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse does, and of an unknown flag tell which one may be meant."""
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            other = "train_classifier.py" if "mae" in self.prog else "mae_pretrain.py"
-            with open(os.path.join(os.path.dirname(__file__), other)) as script:
-                flags = dict.fromkeys(re.findall(r'"(--\w+)"', script.read()), f" of {other}")
-            flags |= dict.fromkeys(self._option_string_actions, "")
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.65)
-            hint = f": did you mean {near[0]}{flags[near[0]]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return args
-
-    def parse(self, argv, demo, output):
-        """argv -> Namespace. --demo replaces defaults; --resume takes the flags of the saved run.
-
-        demo: {flag: value}; flags in argv override it. output: the name of the flag with the model
-        file's path. Raises InputError if another process was given other flags.
-        """
-        if self.parse_known_args(argv)[0].demo:
-            self.set_defaults(**demo)
-        args = self.parse_args(argv)
-        if args.resume:
-            args = resume_args(self, argv, args, output)
-        fixed = vars(args).keys() - MAY_CHANGE_ON_RESUME
-        check_same_settings(**{name: getattr(args, name) for name in sorted(fixed)})
-        if args.warmup_epoch >= args.total_epoch and not args.resume:
-            epochs = args.total_epoch // 10
-            print_rank_0(f"warning: warm-up takes the whole run: try --warmup_epoch {epochs}")
-        return args
-
-
-def checked(kind, test, requirement):
-    """An argparse type: int or float, or an error that states the requirement."""
-
-    def parse(text):
-        value = kind(text)
-        if not test(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {requirement}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse then says "invalid int value"
-    return parse
-
-
-positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")
-unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
-unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-
-
-# fmt: off
-def add_shared_flags(parser, model_flag, curves, **defaults):
-    """Add the flags of both scripts; `curves` names the run's folder, defaults are the script's."""
-    add = parser.add_argument_group("dataset").add_argument
-    add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
-        help="cifar10, cifar100: downloaded; folder: your own images; shapes: synthetic")
-    add("--data_path", default="data",
-        help="download folder of cifar10 and cifar100; for folder, the folder of images: "
-             "train/<class>/... and val/<class>/... or test/<class>/...; to pretrain, any images")
-    add("--train_images", type=positive_int, metavar="N",
-        help="use N of the training images, spread evenly over the classes (default: all)")
-    add = parser.add_argument_group("training").add_argument
-    add("--seed", type=unsigned_int, help="random seed: weights, order, masks, augmentation")
-    add("-bs", "--batch_size", type=positive_int, metavar="N",
-        help="images per update of the weights; the last batch of an epoch may be smaller")
-    add("--base_learning_rate", type=unsigned_float, metavar="RATE",
-        help="the learning rate is base_learning_rate * batch_size / 256 * factor (--warmup_epoch)")
-    add("--weight_decay", type=unsigned_float, metavar="RATE", help="weight decay of AdamW")
-    add("--total_epoch", type=positive_int, metavar="N", help="number of epochs")
-    add("--warmup_epoch", type=unsigned_int, metavar="N",
-        help="factor: the smaller of a linear warm-up over N epochs and a cosine over all epochs")
-    add = parser.add_argument_group("device").add_argument
-    add("--max_device_batch_size", type=positive_int, metavar="N",
-        help="largest micro-batch: images on a device in one forward and backward pass; gradients "
-             "are accumulated, so the result does not depend on it (default: chosen for it)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: CUDA if a working GPU is found, else the CPU")
-    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="precision of matrix products; weights stay fp32; "
-             "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, from 3 million images x epochs on)")
-    add = parser.add_argument_group("output").add_argument
-    add(model_flag, help="the model file; other files of the run go beside it")
-    add("--log_dir", default="logs", help="curves go into <log_dir>/<dataset>/<run_name>")
-    add("--run_name", metavar="NAME",
-        help=f"folder of the curves, with -2, -3, ... if it exists (default: {curves})")
-    add("--keep_every", type=positive_int, metavar="N",
-        help="every N epochs, also keep the model of that epoch, such as model-0400.pth "
-             "(default: off)")
-    add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
-        help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
-    add("--resume", action="store_true",
-        help="continue from the run's last saved state; flags need not be repeated, and those that "
-             "would change the result must not differ")
-    parser.set_defaults(**defaults)
-# fmt: on
-
-
-# ----------------------------------------------------------------------------------- processes
-# One run on several GPUs or machines: the scripts call `processes`, this file calls the rest.
-
-
-def rank():
-    """The number of this process among those that torchrun has started; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes torchrun has started, on all machines; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+        if isinstance(error, dist.DistError) or "/gloo/gloo/" in str(error):  # gloo's file names
+            error = InputError(f"another process has failed or cannot be reached: {error}")
+        if isinstance(error, (InputError, SizeError)) and not sys.flags.dev_mode:
+            end_with(f"error: {error}")
+        if world_size() > 1:
+            end_with(traceback.format_exc())
+        raise
 
 
 @contextlib.contextmanager
@@ -247,8 +145,7 @@ def processes():
 
     NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    if not launched or os.environ["WORLD_SIZE"] == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     # Harmless: for the [1,1,C] tokens both strides mean the same layout.
@@ -279,11 +176,430 @@ def check_same_settings(**settings):
         return
     gathered = [None] * world_size()
     dist.all_gather_object(gathered, settings)
-    for number, others in enumerate(gathered):
-        for name, value in gathered[0].items():
-            if others.get(name) != value:
-                text = f"process {number} has {name} {others.get(name)}, process 0 has {value}"
-                raise InputError(f"{text}: give all machines the same flags, code and files")
+    for (number, others), name in itertools.product(enumerate(gathered), gathered[0]):
+        if others.get(name) != gathered[0][name]:
+            text = f"process {number} has {name} {others.get(name)}, process 0 has "
+            raise InputError(f"{text}{gathered[0][name]}: give all the same flags, code and files")
+
+
+# -------------------------------------------------------------------------------- command line
+# Called by get_args, as is resume_args at the end of this file.
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the script's own line breaks; help texts explain defaults of None."""
+
+    def _get_help_string(self, action):
+        if action.default is False:
+            return f"{action.help} (default: off)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A script's parser, with --demo, which replaces defaults by those of demo: {flag: value}.
+
+    A wrong flag is an error in one line, which tells the flag that may be meant.
+    """
+
+    def __init__(self, description, demo, duration):
+        super().__init__(usage="%(prog)s [options]", description=description, allow_abbrev=False)
+        self.formatter_class, self.demo = HelpFormatter, demo
+        values = ", ".join(f"{name} {value}" for name, value in demo.items())
+        self.add_argument("--demo", action="store_true",
+            help=f"defaults for a small offline run that takes {duration}: {values}")  # fmt: skip
+
+    def parse_args(self, args=None, namespace=None):
+        if namespace is None and self.parse_known_args(args)[0].demo:
+            namespace = argparse.Namespace(**self.demo)
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            other = "train_classifier.py" if "mae" in self.prog else "mae_pretrain.py"
+            with open(os.path.join(os.path.dirname(__file__), other)) as script:
+                flags = dict.fromkeys(re.findall(r'"(--\w+)"', script.read()), f" of {other}")
+            flags |= dict.fromkeys(self._option_string_actions, "")
+            for near in difflib.get_close_matches(unknown[1], flags, 1, 0.65):
+                message += f": did you mean {near}{flags[near]}?"
+        end_with(f"{self.prog}: error: {message} (--help lists the flags)", status=2)
+
+
+def checked(kind, test, requirement):
+    """An argparse type: int or float, or an error that states the requirement."""
+
+    def parse(text):
+        value = kind(text)
+        if not test(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {requirement}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return parse
+
+
+positive_int = checked(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")
+unsigned_int = checked(int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2**31 - 1")
+unsigned_float = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+model_file = checked(
+    str, lambda path: os.path.basename(path) and not os.path.isdir(path) and path[-4:] != ".png",
+    "the name of a model file, such as vit-t-mae.pth",
+)  # fmt: skip
+
+
+# fmt: off
+def add_shared_flags(parser, model_flag, curves, **defaults):
+    """Add the flags of both scripts; `curves` names the run's folder, defaults are the script's."""
+    add = parser.add_argument_group("dataset").add_argument
+    add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
+        help="cifar10, cifar100: downloaded; folder: your own images; shapes: synthetic")
+    add("--data_path", default="data",
+        help="folder of the download or, for folder, of your images: train/<class>/... and "
+             "val/<class>/... or test/<class>/...; to pretrain, any images")
+    add("--train_images", type=positive_int, metavar="N",
+        help="use N of the training images, spread evenly over the classes (default: all)")
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=unsigned_int, help="random seed: weights, order, masks, augmentation")
+    add("-bs", "--batch_size", type=positive_int, metavar="N",
+        help="images per update of the weights; the last batch of an epoch may be smaller")
+    add("--base_learning_rate", type=unsigned_float, metavar="RATE",
+        help="the learning rate is base_learning_rate * batch_size / 256 * factor (--warmup_epoch)")
+    add("--weight_decay", type=unsigned_float, metavar="RATE", help="weight decay of AdamW")
+    add("--total_epoch", type=positive_int, metavar="N", help="number of epochs")
+    add("--warmup_epoch", type=unsigned_int, metavar="N",
+        help="factor: the smaller of a linear warm-up over N epochs and a cosine over all epochs")
+    add = parser.add_argument_group("device").add_argument
+    add("--max_device_batch_size", type=positive_int, metavar="N",
+        help="largest micro-batch, the images on a device in one pass; gradients are accumulated, "
+             "so the result does not depend on it (default: chosen for the device)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto: CUDA if a working GPU is found, else the CPU")
+    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="of matrix products; weights stay fp32; "
+             "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the model (default: on one GPU, from 3 million images x epochs on)")
+    add = parser.add_argument_group("output").add_argument
+    add(model_flag, type=model_file, help="the model file; other files of the run go beside it")
+    add("--log_dir", default="logs", help="curves go into <log_dir>/<dataset>/<run_name>")
+    add("--run_name", metavar="NAME",
+        help=f"folder of the curves, with -2, -3, ... if it exists (default: {curves})")
+    add("--keep_every", type=positive_int, metavar="N",
+        help="every N epochs, also keep the model, such as model-0400.pth (default: off)")
+    add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
+        help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
+    add("--resume", action="store_true",
+        help="go on from the run's last state; other flags need not be repeated")
+    parser.set_defaults(**defaults)
+# fmt: on
+
+# These change no result: they may differ between processes, and when a run is resumed.
+FREE_FLAGS = {
+    "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
+    "model_path", "output_model_path", "precision", "resume", "save_minutes",
+}  # fmt: skip
+
+
+def check_same_flags(args):
+    """Raise InputError if another process was given other flags."""
+    check_same_settings(**{name: x for name, x in vars(args).items() if name not in FREE_FLAGS})
+
+
+# -------------------------------------------------------------- random numbers and schedule
+# All that a run draws is a function of its seed; main calls these before and at every epoch.
+
+
+def setup_seed(seed=2022):
+    """Seed PyTorch's global generator, which draws the initial weights, and nothing else."""
+    torch.manual_seed(seed)
+
+
+def generator(*key):
+    """A CPU generator seeded by a hash of its key, such as ("masks", seed, epoch, update)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # it takes 32 bits
+
+
+def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epoch):
+    """Of an epoch, counted from 0: the smaller of a linear warm-up and of half a cosine.
+
+    In the paper's code, facebookresearch/mae, the cosine begins after the warm-up.
+    """
+    warmup = (epoch + 1) / (warmup_epoch + 1e-8)
+    cosine = 0.5 * (math.cos(epoch / total_epoch * math.pi) + 1)
+    return base_learning_rate * batch_size / 256 * min(warmup, cosine)
+
+
+def set_learning_rate(optim, epoch, args):
+    """Give the optimizer this epoch's learning rate, and return it."""
+    lr = learning_rate(
+        epoch, args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
+    )
+    for group in optim.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+# -------------------------------------------------------------------------------------- images
+# main downloads what is missing and reads all images into one tensor on the training device.
+
+
+# Images in memory, uint8 [N,3,H,W], with labels int64 [N], and the names of the classes.
+ImageSet = collections.namedtuple(
+    "ImageSet", "train_images train_labels val_images val_labels classes"
+)
+
+
+def checksum(*tensors):
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
+    return crc
+
+
+def to_float(images):
+    """uint8 pixels -> [-1, 1], as mean 0.5 and std 0.5 do; what is float already, unchanged."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
+
+
+def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
+    """Resample img [b,3,H,W]; matrix [b,2,3] maps output to input coordinates, both in [-1, 1].
+
+    By default pixels from outside of the image are 0, the middle of their range.
+    """
+    if len(img) == 0:  # an empty shard, which grid_sample refuses
+        return img
+    grid = affine_grid(matrix, img.shape, align_corners=False)  # [b,H,W,2]
+    return grid_sample(img, grid, mode, padding_mode, align_corners=False)
+
+
+def evenly_spaced(total, n):
+    """The indexes of n of `total` items, or of all if there are fewer, evenly spaced."""
+    n = min(n, total)
+    return torch.arange(n) * total // max(n, 1)
+
+
+def stratified_subset(labels, n, flag="--train_images"):
+    """The indexes of n of the labels [N], evenly from the classes and within each; None: of all."""
+    if n is None:
+        return torch.arange(len(labels))
+    if n > len(labels):
+        raise InputError(f"{flag} {n}: there are only {len(labels)} training images")
+    return labels.argsort(stable=True)[evenly_spaced(len(labels), n)]
+
+
+def check_memory(n, image_size):
+    """Raise InputError, before any is read, if n images exceed the free memory (on Linux)."""
+    need = n * 3 * image_size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a copy
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        free = int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024
+        if need > free:
+            text = (
+                f"{n:,} images of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory, "
+            )
+            text += f"{free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
+            raise InputError(text)
+
+
+IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+
+
+def download(args):
+    """Let torchvision download CIFAR-10 or CIFAR-100 if that is the dataset, in process 0.
+
+    Raises InputError if that fails, or if the images are not those of CIFAR.
+    """
+    name, root = args.dataset, args.data_path
+    if name not in ("cifar10", "cifar100"):
+        return
+    own = "for images of your own add --dataset folder --data_path FOLDER"
+    if args.image_size != 32:
+        raise InputError(f"image size {args.image_size} does not fit {name}'s 32x32: {own}")
+    dataset = getattr(datasets, name.upper())
+    there = any(os.path.exists(f"{root}/{x}") for x in (dataset.base_folder, dataset.filename))
+    below = (x for depth in ("*", "*/*", "*/*/*") for x in glob.iglob(depth, root_dir=root))
+    if not there and any(x.lower().endswith(IMAGES) for x in below):
+        raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
+    if rank() == 0:
+        place = f"put {dataset.filename} from {dataset.url} into {root}{os.sep}, or try --demo"
+        with as_input_error(f"cannot get {name}: {place}", OSError, RuntimeError):
+            dataset(root, train=False, download=True)
+    reduce_over_processes(torch.zeros(1))  # the others wait
+
+
+def read_cifar(name, root, num_train=None):
+    """CIFAR-10 or CIFAR-100 as torchvision has put it into the folder `root` -> ImageSet."""
+    with as_input_error(f"cannot read {name}", OSError, RuntimeError):
+        parts = [getattr(datasets, name.upper())(root, train) for train in (True, False)]
+    images = [torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous() for x in parts]
+    labels = [torch.tensor(x.targets) for x in parts]
+    keep = stratified_subset(labels[0], num_train)
+    return ImageSet(images[0][keep], labels[0][keep], images[1], labels[1], parts[0].classes)
+
+
+def list_images(path, need_classes=False):
+    """[(path, label), ...] and the names of the classes, by torchvision's reader.
+
+    path: a folder or, without need_classes, an image.
+    """
+    if os.path.isfile(path) and not need_classes:
+        return [(path, 0)], [""]
+    if not os.path.isdir(path):
+        raise InputError(f"there is no folder or image {path}")
+
+    def is_image(file):
+        file = os.path.join(os.sep, os.path.relpath(file, path))
+        return file.lower().endswith(IMAGES) and f"{os.sep}." not in file
+
+    with as_input_error(f"no images ({' '.join(IMAGES)}) in {path}", OSError, ValueError):
+        names = datasets.folder.find_classes(path)[0] if need_classes else [""]
+        labels = {name: i for i, name in enumerate(x for x in names if not x.startswith("."))}
+        return datasets.folder.make_dataset(path, labels, is_valid_file=is_image), list(labels)
+
+
+def decode(files, image_size):
+    """[(path, label), ...] -> images uint8 [N,3,S,S], labels [N].
+
+    Each image is turned upright, laid on white if it is transparent, resized to S on its shorter
+    side, cropped to its centre, RGB; of an animated one it is the first frame. Raises InputError
+    naming those that cannot be read.
+    """
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    broken, bar = [], tqdm(files, "Reading images", disable=rank() > 0 or None, leave=False)
+    for i, (path, _) in enumerate(bar):
+        try:
+            with Image.open(path) as file:
+                img = ImageOps.exif_transpose(file)
+                if img.mode.startswith("I"):  # 16 or 32 bits of grey, which convert would clip
+                    grey = np.asarray(img).clip(0)
+                    img = Image.fromarray((grey / max(257, grey.max() / 255)).astype(np.uint8))
+                if img.has_transparency_data:
+                    white = Image.new("RGBA", img.size, "white")
+                    img = Image.alpha_composite(white, img.convert("RGBA"))
+                img = img.convert("RGB")
+        except Exception:  # each of PIL's decoders has errors of its own
+            broken.append(path)
+            continue
+        images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
+    if broken:
+        n, names = len(broken), ", ".join(broken)  # InputError cuts them if they are long
+        raise InputError(f"cannot read {n} of {len(files)} images: no image or damaged: {names}")
+    return images, torch.tensor([label for _, label in files])
+
+
+def read_folder(root, image_size, num_train, need_classes):
+    """Images below <root>/train and <root>/val or <root>/test, where each class is a folder.
+
+    Without need_classes they may lie anywhere below <root>/train, or below <root> if it has none
+    of these folders; and the first training images stand in for a val/ or test/ that is not there.
+    For a num_train of 0 there need not be a train/.
+    """
+    if not os.path.isdir(root):
+        raise InputError(f"there is no folder {root}: give that of your images with --data_path")
+    found = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
+    val = next((name for name in found if name != "train"), None)
+    if (val and "train" not in found and num_train != 0) or (need_classes and not val):
+        raise InputError(f"--data_path needs {root}/train/<class>/... and {root}/val/<class>/...")
+    train_files, classes = [], None
+    if num_train != 0:
+        train_root = os.path.join(root, "train") if "train" in found else root
+        train_files, classes = list_images(train_root, need_classes)
+        labels = torch.tensor([label for _, label in train_files])
+        train_files = [train_files[i] for i in stratified_subset(labels, num_train)]
+    val_files = train_files[:16]
+    if val:
+        val_files, val_classes = list_images(os.path.join(root, val), need_classes)
+        classes = classes or val_classes
+        if unknown := set(val_classes) - set(classes):
+            raise InputError(f"{root}/train lacks classes of {root}/{val}: {sorted(unknown)[:5]}")
+        if missing := sorted(set(classes) - set(val_classes)):
+            print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing[:20])}")
+        val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
+    check_memory(len(train_files) + len(val_files), image_size)
+    train, val = (decode(files, image_size) for files in (train_files, val_files))
+    return ImageSet(*train, *val, classes)
+
+
+def circle(radius, x=0.0, corners=48):
+    """A regular polygon around x; its corners, like those of all shapes, are complex numbers."""
+    return [x + cmath.rect(radius, 2 * math.pi * i / corners) for i in range(corners)]
+
+
+def box(width, height, x=0.0):
+    return [complex(x + i * width, j * height) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+
+
+# Of each shape, which fits the unit disc, the polygons to fill and those to cut out of them.
+SHAPES = {
+    "disc": ([circle(0.9)], []),
+    "ring": ([circle(0.9)], [circle(0.46)]),
+    "half-disc": ([[cmath.rect(0.95, math.pi * i / 24) - 0.4j for i in range(25)]], []),
+    "crescent": ([circle(0.9)], [circle(0.7, 0.45)]),
+    "square": ([box(0.75, 0.75)], []),
+    "frame": ([box(0.78, 0.78)], [box(0.42, 0.42)]),
+    "triangle": ([circle(0.9, corners=3)], []),
+    "cross": ([box(0.27, 0.9), box(0.9, 0.27)], []),
+    "star": ([[cmath.rect((1, 0.42)[i % 2], math.pi * i / 5) for i in range(10)]], []),
+    "bars": ([box(0.15, 0.8, x) for x in (-0.6, 0, 0.6)], []),
+}
+
+
+def draw_shapes(numbers, image_size, seed):
+    """Draw the images of these numbers, of ten shapes in turn -> uint8 [N,3,S,S], labels [N].
+
+    One flat colour on a softly shaded background; position, size, angle, colours, shading and
+    noise are random, and a function of the seed and the number.
+    """
+    labels = torch.as_tensor(numbers) % len(SHAPES)
+    images = torch.empty(len(labels), 3, image_size, image_size, dtype=torch.uint8)
+    outlines, side = list(SHAPES.values()), 4 * image_size  # drawn larger, for soft edges
+    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
+    for i, number in enumerate(numbers):
+        rng = generator("shapes", seed, int(number))
+
+        def uniform(low, high, *shape, rng=rng):
+            return low + (high - low) * torch.rand(shape, generator=rng)
+
+        centre = complex(*uniform(-0.2, 0.2, 2))
+        turn = cmath.rect(uniform(0.6, 0.85).item(), uniform(-0.3, 0.3).item())
+        mask = Image.new("L", (side, side))
+        for polygons, fill in zip(outlines[labels[i]], (255, 0), strict=True):
+            for polygon in polygons:
+                points = [(centre + turn * point + 1 + 1j) * side / 2 for point in polygon]
+                ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in points], fill)
+        inside = TF.pil_to_tensor(mask.reduce(4)) / 255  # [1,S,S]
+
+        colour = uniform(0, 1, 3, 1, 1)
+        background = (colour + 0.5 + uniform(-0.15, 0.15, 3, 1, 1)) % 1  # far from the colour
+        slope_y, slope_x = uniform(-0.1, 0.1, 2, 3, 1, 1)
+        background = background + slope_y * axis[:, None] + slope_x * axis
+        img = torch.lerp(background, colour, inside)
+        img += 0.02 * torch.randn(img.shape, generator=rng)
+        images[i] = (img * 255).round().clamp(0, 255)
+    return images, labels
+
+
+def read_shapes(image_size, num_train=None):
+    """10,000 drawn images to train on, or num_train of these, and 1,000 others -> ImageSet."""
+    keep = stratified_subset(torch.arange(10_000) % len(SHAPES), num_train)
+    check_memory(len(keep) + 1_000, image_size)
+    train, val = draw_shapes(keep, image_size, 0), draw_shapes(range(1_000), image_size, 1)
+    return ImageSet(*train, *val, list(SHAPES))
+
+
+@memory_for("the dataset", "--train_images or --image_size")
+def load_dataset(args, device, need_classes=True):
+    """Read args.dataset into the device's memory -> ImageSet. Raises InputError if it cannot.
+
+    args.train_images: None for all, 0 for none. need_classes: every image must lie in the folder
+    of its class.
+    """
+    if args.dataset == "shapes":
+        images = read_shapes(args.image_size, args.train_images)
+    elif args.dataset == "folder":
+        images = read_folder(args.data_path, args.image_size, args.train_images, need_classes)
+    else:
+        images = read_cifar(args.dataset, args.data_path, args.train_images)
+    return ImageSet(*(x.to(device) for x in images[:4]), images.classes)
 
 
 # ------------------------------------------------------------------------ device and precision
@@ -352,6 +668,9 @@ def widest(blocks):
     return max((tokens - 1) * width for tokens, width in blocks)
 
 
+THREADS = torch.get_num_threads()
+
+
 def configure_process(device, threads):
     """Set what holds for the whole process: current GPU and exact fp32, or threads and malloc."""
     if device.type == "cuda":
@@ -359,7 +678,7 @@ def configure_process(device, threads):
         torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
         torch.backends.cudnn.allow_tf32 = False
         return
-    torch.set_num_threads(min(threads, torch.get_num_threads()))  # more would wait, not work
+    torch.set_num_threads(min(threads, THREADS))  # more would wait, not work
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     # glibc keeps the pages of freed tensors: mapping them anew costs a third of the time.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library: no loss
@@ -426,8 +745,9 @@ def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
-    facts = {"device": name, "precision": precision, "compile": bool(accelerated.compiled_size)}
-    return net, size * n, facts | {"micro-batch": size}
+    compiled = bool(accelerated.compiled_size)
+    settings = {"device": name, "precision": precision, "compile": compiled, "micro-batch": size}
+    return net, size * n, settings
 
 
 def try_micro_batch(net, accelerated, example, size, n, must_compile):
@@ -463,10 +783,14 @@ def try_micro_batch(net, accelerated, example, size, n, must_compile):
 def micro_batches(net, micro_batch_size, device, *tensors):
     """Yield this process's shard of a batch in micro-batches: tuples of slices, on the device.
 
-    Each process yields at least one, maybe empty; DDP exchanges gradients in the last only.
+    A tensor may be None, and so are its slices. Each process yields at least one micro-batch, maybe
+    empty; DDP exchanges gradients in the last only.
     """
-    slices = [to_device(shard(x), device).split(micro_batch_size) for x in tensors]
-    *others, last = zip(*slices, strict=True)
+    slices = [
+        itertools.repeat(None) if x is None else to_device(shard(x), device).split(micro_batch_size)
+        for x in tensors
+    ]
+    *others, last = zip(*slices)  # noqa: B905  (None without end)
     for micro_batch in others:
         with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
             yield micro_batch
@@ -480,350 +804,14 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-# -------------------------------------------------------------- random numbers and schedule
-# All that a run draws is a function of its seed; main calls these before and at every epoch.
-
-
-def setup_seed(seed=2022):
-    """Seed PyTorch's global generator, which draws the initial weights, and nothing else."""
-    torch.manual_seed(seed)
-
-
-def generator(*key):
-    """A CPU generator seeded by a hash of its key, such as ("masks", seed, epoch, update)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epoch):
-    """Of an epoch, counted from 0: the smaller of a linear warm-up and of half a cosine.
-
-    In the paper's code, facebookresearch/mae, the cosine begins after the warm-up.
-    """
-    warmup = (epoch + 1) / (warmup_epoch + 1e-8)
-    cosine = 0.5 * (math.cos(epoch / total_epoch * math.pi) + 1)
-    return base_learning_rate * batch_size / 256 * min(warmup, cosine)
-
-
-def set_learning_rate(optim, epoch, args):
-    """Give the optimizer this epoch's learning rate, and return it."""
-    lr = learning_rate(
-        epoch, args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
-    )
-    for group in optim.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
-
-
-# ------------------------------------------------------------------------------------- dataset
-# Reads all images into one tensor on the training device; main calls load_dataset.
-
-
-class Dataset(typing.NamedTuple):
-    """A dataset in memory. Images are uint8 [N,3,H,W], labels int64 [N]."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    val_images: torch.Tensor
-    val_labels: torch.Tensor
-    classes: list
-
-
-def checksum(*tensors):
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), crc)
-    return crc
-
-
-def to_float(images):
-    """uint8 pixels -> [-1, 1], as mean 0.5 and std 0.5 do; what is float already, unchanged."""
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
-
-
-def warp(img, matrix, mode="bilinear", padding_mode="zeros"):
-    """Resample img [b,3,H,W]; matrix [b,2,3] maps output to input coordinates, both in [-1, 1].
-
-    By default pixels from outside of the image are 0, the middle of their range.
-    """
-    if len(img) == 0:  # an empty shard, which grid_sample refuses
-        return img
-    grid = affine_grid(matrix, img.shape, align_corners=False)  # [b,H,W,2]
-    return grid_sample(img, grid, mode, padding_mode, align_corners=False)
-
-
-@memory_for("the dataset", "--train_images or --image_size")
-def load_dataset(args, device, need_classes=True):
-    """Read args.dataset whole into the device's memory -> Dataset. Raises InputError if it cannot.
-
-    Each process reads for itself. need_classes: every image must lie in the folder of its class.
-    """
-    if args.dataset == "shapes":
-        dataset = read_shapes(args.image_size)
-    elif args.dataset == "folder":
-        dataset = read_folder(args, need_classes)
-    elif args.image_size == 32:
-        dataset = read_cifar(args.dataset, args.data_path)
-    else:
-        raise InputError(
-            f"image size {args.image_size} does not fit {args.dataset}, whose images are 32x32: "
-            "for images of your own add --dataset folder --data_path FOLDER"
-        )
-    if args.train_images and args.dataset != "folder":  # read_folder has read no others
-        keep = spread(dataset.train_labels, args.train_images, "--train_images")
-        images, labels = dataset.train_images[keep], dataset.train_labels[keep]
-        dataset = dataset._replace(train_images=images, train_labels=labels)
-    check_same_settings(images=(len(dataset.train_images), len(dataset.val_images)))
-    return Dataset(*(x.to(device) for x in dataset[:4]), dataset.classes)
-
-
-def evenly_spaced(total, n):
-    """The indexes of n of `total` items, or of all if there are fewer, evenly spaced."""
-    n = min(n, total)
-    return torch.arange(n) * total // max(n, 1)
-
-
-def spread(labels, n, flag):
-    """The indexes of n of the labels [N], spread evenly over the classes and over each class."""
-    if n > len(labels):
-        raise InputError(f"{flag} {n}: there are only {len(labels)} training images")
-    return labels.argsort(stable=True)[evenly_spaced(len(labels), n)]
-
-
-IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
-
-
-def read_cifar(name, root):
-    """CIFAR-10 or CIFAR-100, downloaded and checked by torchvision.
-
-    First process 0 reads, then one process of each machine, then the others: whether or not the
-    machines share a disk, no two write the same file.
-    """
-    import torchvision
-
-    dataset = getattr(torchvision.datasets, name.upper())
-    there = any(os.path.exists(f"{root}/{x}") for x in (dataset.base_folder, dataset.filename))
-    below = (x for depth in ("*", "*/*", "*/*/*") for x in glob.iglob(depth, root_dir=root))
-    if not there and any(x.lower().endswith(IMAGES) for x in below):
-        raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
-    own_turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
-    for turn in range(3):
-        if turn == own_turn:
-            try:
-                parts = [dataset(root, train=train, download=True) for train in (True, False)]
-            except (OSError, RuntimeError) as error:
-                raise InputError(
-                    f"cannot get {name} ({error}): put {dataset.filename} from "
-                    f"{dataset.url} into {root}{os.sep}, or try --demo, which needs no network"
-                ) from error
-        reduce_over_processes(torch.zeros(1))  # wait for the others
-    tensors = []
-    for part in parts:
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        tensors += [images, torch.tensor(part.targets)]
-    return Dataset(*tensors, parts[0].classes)
-
-
-def read_folder(args, need_classes):
-    """Images below <root>/train and <root>/val or <root>/test, where each class is a folder.
-
-    Without need_classes they may lie anywhere below <root>/train, or below <root> if it has none
-    of these folders; and the first training images stand in for a val/ or test/ that is not there.
-    """
-    root = args.data_path
-    if not os.path.isdir(root):
-        raise InputError(f"there is no folder {root}: give that of your images with --data_path")
-    found = [name for name in ("train", "val", "test") if os.path.isdir(os.path.join(root, name))]
-    val = next((name for name in found if name != "train"), None)
-    if (val and "train" not in found) or (need_classes and not val):
-        raise InputError(
-            f"--data_path {root} needs {root}/train/<class>/... and {root}/val/<class>/... or "
-            f"{root}/test/<class>/..."
-        )
-    train_root = os.path.join(root, "train") if "train" in found else root
-    train_files, classes = list_images(train_root, need_classes)
-    if args.train_images:
-        labels = torch.tensor([label for _, label in train_files])
-        keep = spread(labels, args.train_images, "--train_images")
-        train_files = [train_files[i] for i in keep]
-    if val:
-        val_files, val_classes = list_images(os.path.join(root, val), need_classes)
-        if unknown := set(val_classes) - set(classes):
-            raise InputError(
-                f"{root}/train lacks classes that {root}/{val} has: {sorted(unknown)[:5]}"
-            )
-        if missing := sorted(set(classes) - set(val_classes)):
-            print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing[:20])}")
-        val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
-    else:
-        val_files = train_files[:16]
-    check_memory(len(train_files) + len(val_files), args.image_size)
-    train, val = (decode(files, args.image_size) for files in (train_files, val_files))
-    return Dataset(*train, *val, classes)
-
-
-def list_images(path, need_classes=False):
-    """[(path, label), ...] and the names of the classes, by torchvision's reader.
-
-    path: a folder or, without need_classes, an image.
-    """
-    from torchvision.datasets.folder import find_classes, make_dataset
-
-    if os.path.isfile(path) and not need_classes:
-        return [(path, 0)], [""]
-    if not os.path.isdir(path):
-        raise InputError(f"there is no folder or image {path}")
-
-    def is_image(file):
-        file = os.path.join(os.sep, os.path.relpath(file, path))
-        return file.lower().endswith(IMAGES) and f"{os.sep}." not in file
-
-    try:
-        names = find_classes(path)[0] if need_classes else [""]
-        labels = {name: i for i, name in enumerate(x for x in names if not x.startswith("."))}
-        return make_dataset(path, labels, is_valid_file=is_image), list(labels)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no images ({' '.join(IMAGES)}) in {path}: {error}") from error
-
-
-def check_memory(n, image_size):
-    """Raise InputError, before any is read, if n images exceed the free memory (on Linux)."""
-    need = n * 3 * image_size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a copy
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        free = int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024
-        if need > free:
-            raise InputError(
-                f"{n:,} images of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory, "
-                f"of which {free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
-            )
-
-
-def decode(files, image_size):
-    """[(path, label), ...] -> images uint8 [N,3,S,S], labels [N].
-
-    Each image is turned upright, laid on white if it is transparent, resized to S on its shorter
-    side, cropped to its centre, RGB; of an animated one it is the first frame. Raises InputError
-    naming those that cannot be read.
-    """
-    from torchvision.transforms import functional as TF
-
-    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    broken = []
-    bar = tqdm(files, "Reading images", disable=rank() > 0 or None, leave=False)
-    for i, (path, _) in enumerate(bar):
-        try:
-            with Image.open(path) as file:
-                img = ImageOps.exif_transpose(file)
-                if img.mode.startswith("I"):  # 16 bits of grey, which convert would clip
-                    img = Image.fromarray((np.asarray(img) // 257).astype(np.uint8))
-                if img.has_transparency_data:
-                    white = Image.new("RGBA", img.size, "white")
-                    img = Image.alpha_composite(white, img.convert("RGBA"))
-                img = img.convert("RGB")
-        except Exception:  # each of PIL's decoders has errors of its own
-            broken.append(path)
-            continue
-        images[i] = TF.pil_to_tensor(TF.center_crop(TF.resize(img, image_size), image_size))
-    if broken:
-        n, names = len(broken), ", ".join(broken)  # InputError cuts them if they are long
-        raise InputError(f"cannot read {n} of {len(files)} images: no image or damaged: {names}")
-    return images, torch.tensor([label for _, label in files])
-
-
-SHAPES = "disc ring half-disc crescent square frame triangle cross star bars".split()
-
-
-def draw_shapes(n, image_size, seed):
-    """Draw n images of ten kinds of shape, as many of each -> uint8 [n,3,S,S], labels [n].
-
-    One flat colour on a softly shaded background; position, size, angle, colours, shading and
-    noise are random, and a function of the seed.
-    """
-    rng = generator("shapes", seed)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=rng)
-
-    labels = torch.arange(n) % len(SHAPES)
-    labels = labels[torch.randperm(n, generator=rng)]
-    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
-    images = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
-    for rows in torch.arange(n).split(1000):
-        b = len(rows)
-        centre, angle = uniform(-0.2, 0.2, b, 2, 1, 1), uniform(-0.3, 0.3, b, 1, 1)
-        size = uniform(0.6, 0.85, b, 1, 1)
-        # Coordinates in the frame of the shape, which fits the unit disc.
-        y, x = (axis[:, None] - centre[:, 0]) / size, (axis - centre[:, 1]) / size
-        x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-        distance = shape_distance(x, y, labels[rows]) * size * image_size / 2  # in pixels
-        inside = (0.5 - distance).clamp(0, 1)[:, None]  # [b,1,S,S], edges one pixel soft
-
-        colour = uniform(0, 1, b, 3, 1, 1)
-        background = (colour + 0.5 + uniform(-0.15, 0.15, b, 3, 1, 1)) % 1  # far from the colour
-        wave = uniform(-6, 6, b, 3, 1, 1)  # a faint, broad ripple: its direction and phase
-        ripple = (wave[:, :1] * axis[:, None] + wave[:, 1:2] * axis + wave[:, 2:]).sin()
-        background = background + 0.06 * ripple
-        slope = uniform(-0.1, 0.1, b, 2, 3, 1, 1)
-        background = background + slope[:, 0] * axis[:, None] + slope[:, 1] * axis
-        img = torch.lerp(background, colour, inside)
-        img += 0.02 * torch.randn(img.shape, generator=rng)
-        images[rows] = (img * 255).round().clamp(0, 255).byte()
-    return images, labels
-
-
-def shape_distance(x, y, kind):
-    """Signed distance to the edge of shape kind[b], negative inside. x, y [b,S,S], kind [b]."""
-    radius = torch.hypot(x, y)
-    # Fold the plane into one of the star's ten mirrored tips; its edge runs from tip to notch.
-    angle = (torch.remainder(torch.atan2(x, -y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()
-    notch_x, notch_y = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-    star = (radius * angle.cos() - 1) * notch_y - radius * angle.sin() * (notch_x - 1)
-
-    def box(width, height):
-        return torch.maximum(x.abs() - width, y.abs() - height)
-
-    def half_plane(degrees):
-        return x * math.sin(math.radians(degrees)) + y * math.cos(math.radians(degrees)) - 0.45
-
-    distance = {
-        "disc": radius - 0.9,
-        "ring": (radius - 0.68).abs() - 0.22,
-        "half-disc": torch.maximum(torch.hypot(x, y - 0.4) - 0.95, y - 0.4),
-        "crescent": torch.maximum(radius - 0.9, 0.7 - torch.hypot(x - 0.45, y)),
-        "square": box(0.75, 0.75),
-        "frame": box(0.6, 0.6).abs() - 0.18,
-        "triangle": torch.stack([half_plane(a) for a in (0, 120, 240)]).amax(0),
-        "cross": torch.minimum(box(0.27, 0.9), box(0.9, 0.27)),
-        "star": star / math.hypot(notch_x - 1, notch_y),
-        "bars": torch.maximum(box(0.8, 0.8), (torch.remainder(x + 0.3, 0.6) - 0.3).abs() - 0.15),
-    }
-    return torch.stack([distance[name] for name in SHAPES])[kind, torch.arange(len(kind))]
-
-
-def read_shapes(image_size):
-    """10,000 drawn images to train on and 1,000 others to validate on; the same in every run."""
-    return Dataset(*draw_shapes(10_000, image_size, 0), *draw_shapes(1_000, image_size, 1), SHAPES)
-
-
 # --------------------------------------------------------------------------------- model files
-# Written whole or not at all, read without running anything in them. main calls check_outputs
-# first; load_model reads what the scripts, or the source, have written.
+# Written whole or not at all, read without running anything in them: those of the scripts and of
+# the source.
 
 
-def check_outputs(*paths):
-    """Raise InputError now if a file could not be written later. Makes the folders of the paths."""
-    for path in paths if rank() == 0 else ():
-        temporary = f"{path}.{os.getpid()}.part"
-        if not os.path.basename(path) or paths.count(path) > 1:
-            raise InputError(f"cannot write {path!r}: not a file name, or that of two files")
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            if os.path.exists(path):
-                open(path, "r+b").close()  # fails for a folder or a read-only file
-            open(temporary, "wb").close()
-            os.remove(temporary)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+def remove(path):
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def write_file(path, content):
@@ -833,15 +821,14 @@ def write_file(path, content):
     """
     temporary = f"{path}.{os.getpid()}.part"  # two runs never write into one
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        with as_input_error(f"cannot write {path}", OSError):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)  # it is there only after an error
 
 
 def free_path(path):
@@ -865,17 +852,11 @@ def versions():
 
 def model_bytes(model, architecture, args, **more):
     """A model file: tensors and plain values, which torch.load(weights_only=True) reads."""
-    return to_bytes(
-        {
-            "kind": type(model).__name__,
-            "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-            "architecture": architecture,
-            "preprocessing": {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5},
-            "args": vars(args),
-            "versions": versions(),
-            **more,
-        }
-    )
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    preprocessing = {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5}
+    content = {"kind": type(model).__name__, "model": weights, "architecture": architecture}
+    content |= {"preprocessing": preprocessing, "args": vars(args), "versions": versions()}
+    return to_bytes(content | more)
 
 
 class InertModule(torch.nn.Module):
@@ -901,8 +882,6 @@ def read_checkpoint(path):
         raise InputError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type for entry in archive.infolist()):
-                raise ValueError("it is compressed, as torch.save never does")
             if name := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"it is damaged, the checksum of {name} is wrong")
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -912,6 +891,43 @@ def read_checkpoint(path):
         # PyTorch's message begins with the advice to run what is in the file.
         cause = re.sub("(?s).*(a trusted source.|Unpickler error:)|Check the doc.*", "", str(error))
         raise InputError(f"cannot read {path} as a PyTorch checkpoint: {cause}") from error
+
+
+def unpack_module(module):
+    """A pickled MAE_ViT or ViT_Classifier -> content of a model file.
+
+    It may have been pickled within DataParallel, torch.compile's module, or one within the other.
+    """
+    for _ in range(2):
+        module = module._modules.get("module", module._modules.get("_orig_mod", module))
+    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
+    encoder = module._modules.get("encoder", module)
+    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
+    if kind == "MAE_ViT":
+        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
+        architecture["mask_ratio"] = encoder.shuffle.ratio
+    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
+
+
+def architecture_of(weights):
+    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
+
+    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
+    Raises KeyError for a tensor that is not there.
+    """
+    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
+    blocks = [name for name in weights if name.endswith("norm1.weight")]
+    encoder_layer = sum(name.startswith(f"{prefix}transformer.") for name in blocks)
+    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
+    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
+    architecture = {"image_size": math.isqrt(num_patches) * patch_size, "patch_size": patch_size}
+    architecture |= {"emb_dim": emb_dim, "encoder_layer": encoder_layer}
+    if prefix:
+        architecture["decoder_layer"] = len(blocks) - encoder_layer
+        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
+    elif "head.bias" in weights:
+        architecture["num_classes"] = len(weights["head.bias"])
+    return architecture
 
 
 def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
@@ -929,7 +945,7 @@ def load_model(path, kind):
     shapes and finite values.
     """
     content = read_checkpoint(path)
-    try:
+    with as_input_error(f"{path} does not hold the weights of {kind}", Exception):
         if isinstance(content, InertModule):
             content = unpack_module(content)
         elif "fingerprint" in content:
@@ -939,9 +955,9 @@ def load_model(path, kind):
         if content.get("kind") != kind:
             raise ValueError(f"its kind is {content.get('kind')}")
         weights = {}
-        for name, x in content["model"].items():  # a view of few values may claim to be many
+        for name, x in content["model"].items():
             plain = isinstance(x, torch.Tensor) and x.is_floating_point()
-            if not plain or x.nbytes > x.untyped_storage().nbytes() or not x.isfinite().all():
+            if not plain or not x.isfinite().all():
                 raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
             x = x.detach().float().clone(memory_format=torch.contiguous_format)
             weights[name.replace("_orig_mod.", "").removeprefix("module.")] = x
@@ -951,8 +967,6 @@ def load_model(path, kind):
         with torch.device("meta"):  # no memory: the weights are those of the file
             model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
         model.load_state_dict(weights, assign=True)
-    except Exception as error:  # nothing is known of the values in the file
-        raise InputError(f"{path} does not hold the weights of {kind}: {error}") from error
     return model, architecture, content
 
 
@@ -962,8 +976,6 @@ def load_model(path, kind):
 
 def png_bytes(img):
     """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
-    from torchvision.utils import save_image
-
     scale = max(1, 768 // img.shape[-1])
     img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     buffer = io.BytesIO()
@@ -971,53 +983,22 @@ def png_bytes(img):
     return buffer.getvalue()
 
 
-@functools.cache
-def load_fonts():
-    """Fonts of the usual systems, if they are there; the last is Pillow's own, for English."""
-    fonts = []
-    for name in ("DejaVuSans", "LiberationSans-Regular", "Arial Unicode", "arial", "msyh"):
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, size=12))
-    return [*fonts, ImageFont.load_default(size=12)]
+def draw_images(images, columns, titles, space=8):
+    """images uint8 [N,3,H,H] in rows -> PIL.Image, with titles of the columns; left, lower corners.
 
-
-def write_text(draw, where, text, width, colour="black", anchor="la"):
-    """Write a line with an ImageDraw, cut to the width in pixels, in a font that has its letters.
-
-    If no font has them all, without those beyond ASCII.
+    Images are enlarged to at least 128 pixels; below each is some space, in pixels.
     """
-    for font in load_fonts():
-        unknown = bytes(font.getmask("\uffff"))
-        if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
-            break
-    else:
-        text = "".join(filter(str.isascii, text))
-    while font.getlength(text) > width:
-        text = text[:-1]
-    draw.text(where, text, colour, font, anchor)
-
-
-def draw_images(images, columns, titles, captions=()):
-    """images uint8 [N,3,H,H] in rows -> picture [3,H',W'] in [0, 1], with titles of the columns.
-
-    captions: for each image, lines of (text, colour) to write below it. Images are enlarged to at
-    least 128 pixels.
-    """
-    from torchvision.transforms.functional import to_pil_image, to_tensor
-
     side, gap, top = images.shape[-1] * math.ceil(128 / images.shape[-1]), 8, 28
-    width, height = side + gap, side + (42 if captions else gap)
-    rows = math.ceil(len(images) / columns)
-    page = Image.new("RGB", (max(440, gap + columns * width), top + rows * height), "white")
-    draw = ImageDraw.Draw(page)
+    width, rows = gap + columns * (side + gap), math.ceil(len(images) / columns)
+    page = Image.new("RGB", (max(440, width), top + rows * (side + space)), "white")
     for i, title in enumerate(titles):
-        draw.text((gap + i * width, gap), title, "black", font_size=14)
+        ImageDraw.Draw(page).text((gap + i * (side + gap), gap), title, "black", font_size=14)
+    corners = []
     for i, img in enumerate(images.cpu()):
-        x, y = gap + i % columns * width, top + i // columns * height
-        page.paste(to_pil_image(img).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for line, (text, colour) in enumerate(captions[i] if captions else ()):
-            write_text(draw, (x, y + side + 17 * line), text, side, colour)
-    return to_tensor(page)
+        x, y = gap + i % columns * (side + gap), top + i // columns * (side + space)
+        page.paste(TF.to_pil_image(img).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        corners.append((x, y + side))
+    return page, corners
 
 
 # --------------------------------------------------------------------------- curves and progress
@@ -1026,15 +1007,12 @@ def draw_images(images, columns, titles, captions=()):
 
 def new_run_folder(*parts):
     """Make a folder for a run's curves: the next free one of name, name-2, name-3, ..."""
-    for i in itertools.count(1):
-        folder = os.path.join(*parts) + (f"-{i}" if i > 1 else "")
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    with as_input_error(f"cannot write {parts[0]}", OSError):
+        for i in itertools.count(1):
+            folder = os.path.join(*parts) + (f"-{i}" if i > 1 else "")
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(folder)
+                return folder
 
 
 class Curves:
@@ -1055,11 +1033,11 @@ class Curves:
     def write(self, epoch, scalars, images=None):
         """Write {tag: value, or {name: value} for several curves in a chart} and {tag: [3,H,W]}.
 
-        If the disk is full, warn and lose them.
+        Raises InputError if they cannot be written.
         """
         if rank() > 0:
             return
-        try:
+        with as_input_error(f"cannot write {self.folder}", OSError):
             for tag, value in scalars.items():
                 curves = value if isinstance(value, dict) else {"": value}
                 for name, number in curves.items():
@@ -1069,15 +1047,18 @@ class Curves:
                 self.writer("", epoch).add_image(tag, img, epoch)
             for writer in self.writers.values():
                 writer.flush()
-        except OSError as error:
-            print_rank_0(f"warning: cannot write the curves of epoch {epoch + 1}: {error.strerror}")
-            self.writers.clear()  # a writer that has failed stays so
 
     def writer(self, part, epoch):
         if part not in self.writers:
-            folder = os.path.join(self.folder, part)
-            self.writers[part] = SummaryWriter(folder, purge_step=epoch)
+            self.writers[part] = SummaryWriter(f"{self.folder}/{part}", purge_step=epoch)
         return self.writers[part]
+
+
+def in_words(seconds):
+    """A duration, as short as it can be told: 40 s, 5 min, 2 h 10 min or 13 days."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    short = f"{minutes} min" if hours or minutes > 1 else f"{seconds:.0f} s"
+    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours} h {short}" if hours else short
 
 
 class Progress:
@@ -1123,43 +1104,39 @@ class Progress:
         self.per_second = (num_images - self.images_before) / (time.perf_counter() - self.start)
         return {name: x / num_images for name, x in zip(self.names, sums, strict=True)}
 
-
-def in_words(seconds):
-    """A duration, as short as it can be told: 40 s, 5 min, 2 h 10 min or 13 days."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    short = f"{minutes} min" if hours or minutes > 1 else f"{seconds:.0f} s"
-    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours} h {short}" if hours else short
-
-
-def print_facts(title, facts):
-    print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in facts.items())}")
+    def time_left(self, epochs):
+        """What so many more epochs take at the pace of this one: ", 2 h 10 min left"."""
+        share = 1 - self.images_before / self.bar.total  # of this epoch, if it was resumed
+        seconds = (time.perf_counter() - self.start) * epochs
+        return f", {in_words(seconds / share)} left" if share else ""
 
 
-def describe_run(args, chosen, model, dataset, folder):
+def print_settings(title, settings):
+    print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in settings.items())}")
+
+
+def describe_run(args, settings, model, images, folder):
     """Print once what this run is, beside its arguments."""
-    parameters = sum(p.numel() for p in model.parameters())
-    n, num_val = len(dataset.train_images), len(dataset.val_images)
+    n, num_val = len(images.train_images), len(images.val_images)
+    if args.warmup_epoch >= args.total_epoch and not args.resume:
+        epochs = args.total_epoch // 10
+        print_rank_0(f"warning: warm-up takes the whole run: try --warmup_epoch {epochs}")
     if args.batch_size > n and not args.resume:
         size = 2 ** int(math.log2(max(8, n / 10)))
         rate = args.base_learning_rate * args.batch_size / size
         values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
         print_rank_0(f"warning: --batch_size exceeds the {n:,} training images: try {values}")
-    print_facts("libraries", versions())
-    print_facts("chosen", chosen)
+    parameters = sum(p.numel() for p in model.parameters())
+    print_settings("libraries", versions())
+    print_settings("chosen", settings)
     print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
     print_rank_0(f"dataset:   {args.dataset}, {n:,} training, {num_val:,} validation images")
     print_rank_0(f"curves:    {folder}")
 
 
 # ---------------------------------------------------------------------------- stop and resume
-# A run can be interrupted anywhere and goes on to the same result; main makes a Run and calls it
-# at every update and epoch, --resume reads the state that it saves.
-
-# Arguments that may change when a run is resumed: they do not change its result.
-MAY_CHANGE_ON_RESUME = {
-    "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
-    "model_path", "output_model_path", "precision", "resume", "save_minutes",
-}  # fmt: skip
+# main keeps the model file to itself, makes a Run and loops over its epochs and updates; get_args
+# calls resume_args.
 
 
 def state_path(model_path):
@@ -1173,113 +1150,116 @@ def kept_paths(model_path, epoch, keep_every):
     return [f"{start}-{epoch:04}{extension}"] if keep_every and epoch % keep_every == 0 else []
 
 
-def read_state(path):
-    """The content of a state file. Raises InputError if there is none or it cannot be resumed."""
-    if not os.path.isfile(path):
-        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
-    state = read_checkpoint(path)
-    if not isinstance(state, dict) or "fingerprint" not in state:  # older states lack it
-        raise InputError(f"{path} is not a state of this version: start without --resume")
-    return state
+def keep_earlier_run(model_path):
+    """Give the files of an earlier run second names, such as vit-t-mae-old-1.pth.
 
-
-def resume_args(parser, argv, args, output):
-    """The arguments of the run whose state lies beside the model file, changed as argv asks.
-
-    Raises InputError if there is no such run, or naming what in argv would change its result.
+    So a new run can replace them, one by one. The state is among them if its run is unfinished:
+    `--resume --model_path vit-t-mae-old-1.pth` goes on with it.
     """
-    path = state_path(getattr(args, output))
-    saved, defaults = read_state(path)["args"], vars(parser.parse_args([]))
-    if saved.keys() - defaults.keys():
-        raise InputError(f"{path} is of another version of this script, or of another script")
-    # There may be flags that are newer than the state, and it may have been renamed.
-    saved = defaults | saved | {output: getattr(args, output)}
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    differences = [
-        f"--{name} {value} (it has {saved[name]})"
-        for name, value in vars(args).items()
-        if value != saved[name] and name not in MAY_CHANGE_ON_RESUME
-    ]
-    if differences:
-        raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
-    return args
+    start, extension = os.path.splitext(model_path)
+    ours = re.compile(re.escape(start) + r"(-\d+|\.state)?\.\w+")
+    files = set(filter(ours.fullmatch, glob.glob(f"{glob.escape(start)}*")))
+    with contextlib.suppress(InputError, KeyError, TypeError):  # no state, or a damaged one
+        state = read_checkpoint(state_path(model_path))
+        if not (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
+            files.remove(state_path(model_path))
+    names = (f"{start}-old-{i}" for i in itertools.count(1))
+    other = next(name for name in names if not glob.glob(f"{glob.escape(name)}[.-]*"))
+    with as_input_error(f"cannot write {other}{extension}", OSError):
+        for path in files:
+            try:
+                os.link(path, other + path.removeprefix(start))
+            except OSError:  # a file system without links
+                shutil.copy2(path, other + path.removeprefix(start))
+    if files:
+        print_rank_0(f"an earlier run is kept as {other}{extension}")
 
 
-def set_aside(path):
-    """Rename the state of an unfinished run, which a new one would overwrite."""
-    with contextlib.suppress(InputError, KeyError, TypeError):  # there is none, or it is damaged
-        state = read_checkpoint(path)
-        if (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
-            names = (f"{path}-{i}" for i in itertools.count(2))
-            other = next(name for name in names if not os.path.exists(name))
-            os.rename(path, other)
-            print_rank_0(f"warning: {path} held an unfinished run: renamed to {other}")
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the update under way can finish and the run be saved."""
 
-
-class Run:
-    """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
-
-    The state is small because all that a run draws at random is a function of its seed, epoch and
-    update (see `generator`): weights, optimizer, two counters, the sums of the current epoch.
-    """
-
-    def __init__(self, args, name, model_path, model, optim, scaler, fingerprint):
-        self.args, self.fingerprint, self.path = args, fingerprint, state_path(model_path)
-        self.model, self.optim, self.scaler, folder = model, optim, scaler, None
-        self.epoch, self.update, self.resumed_sums, self.results = 0, 0, [], {}
-        self.files = {}  # path -> bytes of model files to write with the next state
-        self.signal = self.stop_signal = 0  # of this process; of any process
-        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
-        if args.resume:
-            folder = self.restore(read_state(self.path))
-        elif rank() == 0:
-            set_aside(self.path)
-            folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
-        self.curves = Curves(folder)
-        weights = checksum(*model.parameters())
-        check_same_settings(epoch=self.epoch, update=self.update, weights=weights)
+    def __init__(self):
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note_signal)
-        if not args.resume:
-            self.save()
+            signal.signal(number, self.note)
 
-    def restore(self, state):
-        """Take up the saved run -> its curves' folder. Raises InputError if it does not fit."""
-        if rank() == 0 and state["fingerprint"] != self.fingerprint:
-            raise InputError(f"these are not the images with which the run of {self.path} began")
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optim.load_state_dict(state["optim"])
-            self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
-            for parameter, values in self.optim.state.items():
-                for x in (values["exp_avg"], values["exp_avg_sq"]):
-                    if x.shape != parameter.shape or not x.is_contiguous():
-                        raise ValueError("its optimizer belongs to another model")
-        except Exception as error:  # nothing is known of the values in the file
-            raise InputError(f"{self.path} does not fit this model: {error!r}") from error
-        self.epoch, self.update, self.resumed_sums = state["epoch"], state["update"], state["sums"]
-        self.results = state["results"]
-        print_rank_0(f"resumed:   after {self.epoch} epochs, {self.update} updates")
-        return state["folder"]
-
-    def note_signal(self, number, _):
-        """Let the current update finish, then save and stop. A second signal stops at once, but not
-        under torchrun, which passes on signals that its processes may already have got."""
-        self.signal = number
+    def note(self, number, _):
+        """A second signal stops at once, but not under torchrun, which passes on signals that its
+        processes may already have got."""
+        self.number = number
         if world_size() == 1:
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print: the signal may have come in one
                 os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
-    def start_epoch(self, device, names, num_images):
-        """The bar and the sums of this epoch, those before an interruption included."""
-        text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
-        self.progress = Progress(device, names, self.resumed_sums, desc=text, total=num_images)
-        return self.progress
 
-    def updates(self, batches):
-        """Yield (update, batch) for what is left of the epoch; save between two when it is due."""
+class Run:
+    """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
+
+        run = Run(args, "mae-pretrain", args.model_path, model, optim, scaler, images)
+        for epoch in run.epochs():
+            for update, batch in run.updates(batches, ["loss"]):
+                train_batch(..., run.progress)  # adds its loss
+            results = run.progress.mean()
+            run.curves.write(epoch, {"mae_loss": results["loss"]})
+            if run.end_epoch(save_now=...):
+                run.save({args.model_path: model_bytes(...)})
+
+    After a signal, `updates` or `epochs` ends the program once the state is saved. The state is
+    small because all that a run draws at random is a function of its seed, epoch and update (see
+    `generator`): weights, optimizer, two counters, the sums of the current epoch.
+    """
+
+    def __init__(self, args, name, model_path, model, optim, scaler, images):
+        self.args, self.model_path, self.path = args, model_path, state_path(model_path)
+        self.model, self.optim, self.scaler = model, optim, scaler
+        self.fingerprint, folder = checksum(*images[:4]), None
+        self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
+        if args.resume:
+            state = read_checkpoint(self.path)
+            with as_input_error(f"{self.path} does not fit this model", Exception):
+                folder = self.restore(state)
+        numbers = len(images.train_images), len(images.val_images)
+        check_same_settings(images=numbers, epoch=self.epoch, update=self.update)
+        check_same_settings(weights=checksum(*model.parameters()))
+        if not args.resume and rank() == 0:
+            keep_earlier_run(model_path)
+            folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
+        self.curves, self.signal, self.stop_signal = Curves(folder), StopSignal(), 0
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+        if not args.resume:
+            self.save()
+
+    def restore(self, state):
+        """Take up the saved run -> its curves' folder. Raises an error if it does not fit."""
+        if rank() == 0 and state["fingerprint"] != self.fingerprint:
+            raise InputError(f"these are not the images with which the run of {self.path} began")
+        self.model.load_state_dict(state["model"])
+        self.optim.load_state_dict(state["optim"])
+        self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+        self.epoch, self.update = int(state["epoch"]), int(state["update"])
+        self.sums, self.results = [float(x) for x in state["sums"]], dict(state["results"])
+        total = self.args.total_epoch
+        if (self.results or self.epoch == total) and not os.path.exists(self.model_path):
+            raise InputError(f"{self.model_path} is gone, which {self.path} needs: put it back")
+        print_rank_0(f"resumed:   after {self.epoch} of {total} epochs, {self.update} updates")
+        return state["folder"]
+
+    def epochs(self):
+        """Yield the number of each epoch that is left."""
+        while self.epoch < self.args.total_epoch:
+            yield self.epoch
+            self.stop_if_told()
+
+    def updates(self, batches, names):
+        """Yield (update, batch) for what is left of the epoch; save between two when it is due.
+
+        names: of the sums to add to self.progress, beside the number of images.
+        """
+        device, total = self.optim.param_groups[0]["params"][0].device, sum(map(len, batches))
+        text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
+        self.progress = Progress(device, names, self.sums, desc=text, total=total)
         for update, batch in enumerate(batches):
             if update < self.update:
                 continue
@@ -1289,73 +1269,47 @@ class Run:
             self.check_finite(self.progress.host_sums)
             if self.save_is_due(60 * self.args.save_minutes):
                 self.save()
+                self.stop_if_told()
         self.check_finite(self.progress.sums, scale=self.scaler.get_scale())  # of the last, too
 
-    def time_left(self):
-        """What the rest of the run takes at the pace of this epoch: ", 2 h 10 min left"."""
-        progress, seconds = self.progress, time.perf_counter() - self.progress.start
-        share = 1 - progress.images_before / progress.bar.total  # of the epoch, if it was resumed
-        epochs = self.args.total_epoch - self.epoch - 1
-        return f", {in_words(seconds / share * epochs)} left" if share else ""
-
-    def end_epoch(self):
-        """Note that an epoch is done. True if the caller is to save its results now.
+    def end_epoch(self, save_now=False):
+        """Note that an epoch is done. True if the caller is to call `save` now.
 
         Always after the last epoch, else if saving is cheap (2 % of the time since) or due.
         """
-        self.epoch, self.update, self.resumed_sums = self.epoch + 1, 0, []
+        self.epoch, self.update, self.sums = self.epoch + 1, 0, []
         due = self.save_is_due(min(50 * self.save_seconds, 60 * self.args.save_minutes))
-        return due or self.epoch == self.args.total_epoch
+        return due or save_now or self.epoch == self.args.total_epoch
 
     def save_is_due(self, seconds):
         """Whether process 0 last saved that many seconds ago, or any process was told to stop."""
         overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
-        largest = reduce_over_processes(torch.tensor([self.signal, overdue]), dist.ReduceOp.MAX)
-        self.stop_signal, overdue = largest.tolist()
-        return bool(self.stop_signal or overdue)
+        # The one exchange of an update besides gradients, through gloo: no GPU is waited for.
+        both = reduce_over_processes(torch.tensor([self.signal.number, overdue]), dist.ReduceOp.MAX)
+        self.stop_signal = both[0].item()
+        return bool(both.any())
 
-    def save(self):
-        """Write model files and state; leave if told to stop. Raises InputError on divergence."""
+    def save(self, files=()):
+        """Write files, {path: bytes}, then the state: it never names results without their file.
+
+        Raises InputError on divergence, or if a file cannot be written: the state before stays.
+        """
         begin = time.perf_counter()
         sums = self.progress.read() if self.update else []
         self.check_finite(torch.tensor(sums), *self.model.parameters())
         if rank() == 0:
-            self.files.pop(self.path, None)
-            self.files[self.path] = to_bytes(self.state(sums))
-            self.write_files()
+            for path, content in {**dict(files), self.path: to_bytes(self.state(sums))}.items():
+                write_file(path, content)
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - begin
-        if self.stop_signal:
-            self.leave()
 
     def state(self, sums):
-        return {
-            "args": vars(self.args),
-            "epoch": self.epoch,
-            "update": self.update,
-            "sums": sums,
-            "results": self.results,
-            "model": self.model.state_dict(),
-            "optim": self.optim.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "fingerprint": self.fingerprint,
-            "folder": self.curves.folder,
-        }
-
-    def write_files(self):
-        """Write the model files, and last the state: it never names results without their file.
-
-        What cannot be written is kept for the next save; after the last epoch it is an InputError.
-        """
-        for path in list(self.files):
-            try:
-                write_file(path, self.files[path])
-            except InputError as error:
-                if self.epoch == self.args.total_epoch:
-                    raise
-                print_rank_0(f"warning: {error}; will try again")
-                break
-            del self.files[path]
+        state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
+        for name in ("epoch", "update", "results", "fingerprint"):
+            state[name] = getattr(self, name)
+        for name in ("model", "optim", "scaler"):
+            state[name] = getattr(self, name).state_dict()
+        return state
 
     def check_finite(self, *tensors, scale=1.0):
         """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
@@ -1363,15 +1317,70 @@ class Run:
             raise InputError(
                 f"loss, weights or gradients are not finite after {self.epoch} epochs, "
                 f"{self.update} updates, at learning rate {self.optim.param_groups[-1]['lr']:.2e}; "
-                "the files are those of the last good state. Try --resume with --precision fp32, "
-                "or a new run with a lower --base_learning_rate or more --warmup_epoch"
+                "try --resume with --precision fp32, or a new run with a lower "
+                "--base_learning_rate or more --warmup_epoch"
             )
 
-    def leave(self):
+    def stop_if_told(self):
         """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
-        command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
-        start = "python" if world_size() == 1 else "torchrun ..."
-        lost = f", but could not save {', '.join(self.files)}" if self.files else ""
-        print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates{lost}; to go on:")
-        print_rank_0(f"    {start} {command}")
-        sys.exit(128 + self.stop_signal)
+        if self.stop_signal:
+            command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
+            start = "python" if world_size() == 1 else "torchrun ..."
+            print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; to go on:")
+            print_rank_0(f"    {start} {command}")
+            sys.exit(128 + self.stop_signal)
+
+
+@contextlib.contextmanager
+def start_run(args, name, model_path, *content):
+    """A Run which has its model file to itself; then signals, threads and hooks are as before.
+
+    Raises InputError if another run writes this model file. The system gives the lock back however
+    a process dies; Windows and some file systems have none.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, path = threading.excepthook, f"{state_path(model_path)}.lock"
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            with as_input_error(f"cannot write {path}", OSError):
+                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+                file = stack.enter_context(open(path, "w"))
+            with contextlib.suppress(OSError, NameError):
+                with as_input_error(f"another run is writing {model_path}", BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(remove, path)
+        try:
+            yield Run(args, name, model_path, *content)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            threading.excepthook = hook
+            torch.set_num_threads(THREADS)
+
+
+def resume_args(parser, argv, output):
+    """The arguments of the run whose state lies beside the model file, changed as argv asks.
+
+    output: the name of the model file's flag. Raises InputError if there is no such run, or naming
+    what in argv would change its result.
+    """
+    defaults, model_path = vars(parser.parse_args([])), getattr(parser.parse_args(argv), output)
+    path = state_path(model_path)
+    if not os.path.isfile(path):
+        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+    state = read_checkpoint(path)
+    with as_input_error(f"{path} is not a state of this version", Exception):
+        if "fingerprint" not in state:  # that of a script of long ago, or a model
+            raise KeyError("fingerprint")
+        saved = defaults | state["args"] | {output: model_path}  # flags may be newer than the state
+    if saved.keys() - defaults.keys():
+        raise InputError(f"{path} is of another version of this script, or of another script")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    differences = [
+        f"--{name} {value} (it has {saved[name]})"
+        for name, value in vars(args).items()
+        if value != saved[name] and name not in FREE_FLAGS
+    ]
+    if differences:
+        raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
+    return args

@@ -34,21 +34,17 @@ CLASSIFY += ["--output_model_path", "cls.pth"]
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
-def few_shapes(image_size=32):
-    train, val = utils.draw_shapes(90, image_size, 0), utils.draw_shapes(37, image_size, 1)
-    return utils.Dataset(*train, *val, list(utils.SHAPES))
+def few_shapes(image_size=32, num_train=None):
+    keep = utils.stratified_subset(torch.arange(90) % 10, num_train)
+    train, val = utils.draw_shapes(keep, image_size, 0), utils.draw_shapes(range(37), image_size, 1)
+    return utils.ImageSet(*train, *val, list(utils.SHAPES))
 
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
     """A test starts where a user starts: in a folder without runs. Fewer shapes are drawn."""
     monkeypatch.chdir(tmp_path)
-    dataset = few_shapes()
-    monkeypatch.setattr(utils, "read_shapes", lambda image_size: dataset)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():  # a run leaves its own behind, as its process ends
-        signal.signal(number, handler)
+    monkeypatch.setattr(utils, "read_shapes", few_shapes)
 
 
 class GPUs(TorchFunctionMode):

@@ -19,6 +19,7 @@ def load(dataset, path="data", image_size=32, train_images=None, need_classes=Tr
     args = argparse.Namespace(
         dataset=dataset, data_path=str(path), image_size=image_size, train_images=train_images
     )
+    utils.download(args)
     return utils.load_dataset(args, CPU, need_classes)
 
 
@@ -232,17 +233,20 @@ def test_class_that_training_does_not_know(tmp_path):
 
 
 def test_shapes_are_a_function_of_the_seed():
-    images, labels = utils.draw_shapes(200, 32, seed=0)
+    images, labels = utils.draw_shapes(range(200), 32, seed=0)
     assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [20] * 10
-    again, other = utils.draw_shapes(200, 32, seed=0), utils.draw_shapes(200, 32, seed=1)
+    again, other = (
+        utils.draw_shapes(range(200), 32, seed=0),
+        utils.draw_shapes(range(200), 32, seed=1),
+    )
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     rows = {image.numpy().tobytes() for image in torch.cat([images, other[0]])}
     assert len(rows) == 400  # no image twice: validation is drawn from another seed
 
 
 def test_shapes_of_one_kind_differ_and_kinds_differ_in_form():
-    images, labels = utils.draw_shapes(400, 32, seed=0)
+    images, labels = utils.draw_shapes(range(400), 32, seed=0)
     for kind in range(10):
         colours = images[labels == kind].float().mean((2, 3))
         assert (colours.std(0) > 10).all()
@@ -255,16 +259,13 @@ def test_shapes_of_one_kind_differ_and_kinds_differ_in_form():
     assert distance.min() > 0.5
 
 
-def test_train_images_are_spread_over_the_classes(monkeypatch):
-    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 2, 2)
+def test_train_images_are_spread_over_the_classes():
     labels = torch.tensor([0] * 30 + [1] * 10 + [2] * 20)
-    dataset = utils.Dataset(images, labels, images[:4], labels[:4], ["a", "b", "c"])
-    monkeypatch.setattr(utils, "read_shapes", lambda image_size: dataset)
-    few = load("shapes", train_images=6)
-    assert few.train_labels.bincount().tolist() == [3, 1, 2]
-    assert few.train_images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    few = utils.stratified_subset(labels, 6)
+    assert labels[few].bincount().tolist() == [3, 1, 2]
+    assert few.tolist() == [0, 10, 20, 30, 40, 50]
     with pytest.raises(utils.InputError, match="only 60"):
-        load("shapes", train_images=61)
+        utils.stratified_subset(labels, 61)
 
 
 def test_too_many_images_are_refused_before_one_is_read(tmp_path, monkeypatch):

@@ -235,6 +235,7 @@ def test_saved_by_two_processes_and_resumed_by_three_and_by_one(script):
         folder = f"resumed-{n}"
         assert train(script, flags, folder, 2, stop_at=7) == [143, 143], output(folder)
         assert "torchrun ..." in output(folder) and "--resume" in output(folder)
+        time.sleep(1)  # TensorBoard may take files of the same second in the wrong order
         state = read(f"{folder}/model.state.pth")
         assert (state["epoch"], state["update"]) == (1, 3)
         assert train(script, [*flags, "--resume"], folder, n) == [0] * n, output(folder)
@@ -313,6 +314,7 @@ def download(attributes, folder, environment):
         args = argparse.Namespace(
             dataset="cifar10", data_path="data", image_size=32, train_images=None
         )
+        utils.download(args)
         dataset = utils.load_dataset(args, torch.device("cpu"))
         torch.save(dataset.train_images, f"read-{environment['RANK']}.pth")
 
@@ -597,12 +599,12 @@ def test_an_update_on_a_gpu_waits_for_nothing(script, precision, device, monkeyp
             progress.sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         if script == "mae_pretrain":
             module = mae_pretrain.MAELoss(mae, 8, norm_pix_loss=True)
-            inputs, more = (images, batch, torch.rand(25, 16)), ([torch.rand(25, 5)],)
+            inputs, more = (images, batch, torch.rand(25, 16)), (torch.rand(25, 5),)
             train_batch = mae_pretrain.train_batch
         else:
             module = classifier
-            drop = train_classifier.branch_scale(25, 2, 0.1, None)
-            inputs, more = (images, labels, batch), ((batch, torch.rand(25, 22)), 0.1, (drop,))
+            drop = train_classifier.drop_path_scale(25, 2, 0.1, None)
+            inputs, more = (images, labels, batch), (batch, torch.rand(25, 22), drop)
             train_batch = train_classifier.train_batch
         net = utils.Accelerated(module, cuda, "fp32" if stands_in else precision)
         optim = torch.optim.AdamW(module.parameters(), fused=not stands_in)

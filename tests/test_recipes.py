@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 import mae_pretrain
 import train_classifier
 import utils
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier, to_timm
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+from train_classifier import to_timm
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -26,13 +27,13 @@ def numbers(n, columns, seed=0):
 
 def unchanged(n):
     """Draws with which distort changes nothing: no shift, no flip, no operation, no square."""
-    draw = torch.full((n, train_classifier.DISTORT_DRAWS), 0.5)
+    draw = torch.full((n, 9), 0.5)
     draw[:, 0], draw[:, 4], draw[:, 5] = 0.999, 0.0, 0.999
     return draw
 
 
 def test_distort_can_leave_an_image_as_it_is_shift_and_flip_it():
-    img = utils.to_float(utils.draw_shapes(6, 32, 0)[0])
+    img = utils.to_float(utils.draw_shapes(range(6), 32, 0)[0])
     draw = unchanged(6)
     torch.testing.assert_close(train_classifier.distort(img, draw), img, rtol=0, atol=1e-4)
     draw[1, 4] = 0.9
@@ -49,7 +50,7 @@ def test_distort_can_leave_an_image_as_it_is_shift_and_flip_it():
 
 
 def test_every_operation_changes_images_and_stays_in_range():
-    img = utils.to_float(utils.draw_shapes(20, 32, 0)[0])
+    img = utils.to_float(utils.draw_shapes(range(20), 32, 0)[0])
     for operation in range(train_classifier.OPERATIONS - 1):
         for level in (0.0, 1.0):
             draw = unchanged(20)
@@ -72,20 +73,30 @@ def test_mixing_tells_the_weight_of_each_image():
     assert share.min() >= 0 and share[~alone].std() > 0.2
 
 
-def test_strength_scales_all_but_shift_and_flip():
-    img = utils.to_float(utils.draw_shapes(200, 32, 0)[0])
+def test_strength_scales_all_but_shift_and_flip(monkeypatch):
+    smoothing = []
+
+    def noting(*args, label_smoothing=0, **kwargs):
+        smoothing.append(label_smoothing)
+        return cross_entropy(*args, label_smoothing=label_smoothing, **kwargs)
+
+    img = utils.to_float(utils.draw_shapes(range(200), 32, 0)[0])
     batch, changed = torch.arange(200), []
     for strength in ("0", "0.5", "1"):
         args = train_classifier.get_args(["--augment", strength])
-        recipe = train_classifier.draw_recipe(args, batch, 3, 0, 0)
-        draw = recipe["augment"][1].split([9, 9, 4], dim=1)
+        _, rand, _ = train_classifier.draw_recipe(args, batch, 3, 0, 0)
+        draw = rand.split([9, 9, 4], dim=1)
         moved = draw[0].clone()
         moved[:, 0], moved[:, 5] = 0.999, 1.0
         plain = train_classifier.distort(img, moved)  # shifted and flipped, nothing else
-        out = train_classifier.distort(img, draw[0])
-        mixed, share = train_classifier.mix(out, out.roll(1, 0), draw[2])
+        out = train_classifier.distort(img, draw[0], args.augment)
+        mixed, share = train_classifier.mix(out, out.roll(1, 0), draw[2], args.augment)
         changed.append(((out - plain).abs().mean().item(), (share < 1).float().mean().item()))
-        assert recipe["smoothing"] == pytest.approx(0.1 * float(strength))
+        with monkeypatch.context() as patch:
+            patch.setattr(train_classifier, "cross_entropy", noting)
+            classify("--augment", strength, "--total_epoch", "1")
+        assert set(smoothing) == {0.1 * float(strength), 0}  # in training; in validation
+        smoothing.clear()
     assert changed[0] == (pytest.approx(0, abs=1e-5), 0.0)
     assert changed[0][0] < changed[1][0] < changed[2][0]
     assert 0.15 < changed[1][1] < 0.35 and 0.4 < changed[2][1] < 0.6
@@ -123,7 +134,7 @@ def test_augmented_runs_do_not_depend_on_the_micro_batch():
 
 
 def test_drop_path_leaves_branches_out_and_keeps_the_mean():
-    scale = train_classifier.branch_scale(4000, 5, 0.4, torch.Generator().manual_seed(0))
+    scale = train_classifier.drop_path_scale(4000, 5, 0.4, torch.Generator().manual_seed(0))
     assert (scale[:, 0] == 1).all()
     torch.testing.assert_close((scale == 0).float().mean((0, 2)), torch.linspace(0, 0.4, 5),
         rtol=0, atol=0.02)  # fmt: skip
@@ -198,9 +209,9 @@ def test_stopped_linear_probe_goes_on_with_the_pretrained_features(monkeypatch):
 
 
 def stopped_after_an_epoch(end_epoch):
-    def stopping(self):
-        self.signal = 15
-        return end_epoch(self)
+    def stopping(self, save_now):
+        self.signal.number = 15
+        return end_epoch(self, save_now)
 
     return stopping
 
@@ -220,7 +231,7 @@ def test_holdout_chooses_on_training_images_and_reports_on_test_images(capsys):
     last = out.splitlines()[-1]
     for part in ("37 test images", f"best {acc:.2%}", "chosen on 20 training images"):
         assert part in last
-    keep = utils.spread(dataset.train_labels, 60, "--train_images")
+    keep = utils.stratified_subset(dataset.train_labels, 60, "--train_images")
     few = dataset._replace(
         train_images=dataset.train_images[keep], train_labels=dataset.train_labels[keep]
     )
@@ -339,7 +350,7 @@ def test_export_to_timm(kind):
 
 def test_reconstruct_images_at_several_ratios(capsys, monkeypatch):
     pretrain("--norm_pix_loss")
-    found = drawn(monkeypatch)
+    found = drawn(monkeypatch, utils, "draw_images")
     os.makedirs("images/deep")
     for i, size in enumerate([(40, 30), (100, 64), (32, 32)]):
         img = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -390,15 +401,15 @@ def test_reconstructions_are_spread_over_the_folder():
     assert shown == [i * 40 // 16 for i in range(16)]
 
 
-def drawn(monkeypatch):
-    """The arguments of draw_images, which draws all the same."""
-    found, draw_images = [], utils.draw_images
+def drawn(monkeypatch, module, name):
+    """The arguments of a function that draws, and draws all the same."""
+    found, draw = [], getattr(module, name)
 
-    def noting(images, columns, titles, captions=()):
-        found.append((images, columns, titles, captions))
-        return draw_images(images, columns, titles, captions)
+    def noting(*args):
+        found.append(args)
+        return draw(*args)
 
-    monkeypatch.setattr(utils, "draw_images", noting)
+    monkeypatch.setattr(module, name, noting)
     return found
 
 
@@ -412,21 +423,21 @@ def test_predict_images_without_labels(capsys, monkeypatch):
     with torch.no_grad():
         probabilities = model(utils.to_float(images)).softmax(-1)
     capsys.readouterr()
-    found = drawn(monkeypatch)
+    found = drawn(monkeypatch, train_classifier, "draw_captioned")
     evaluate("--eval", "cls.pth", "--predict", "new", "--precision", "fp32")
     lines = capsys.readouterr().out.splitlines()
-    shown, _, _, captions = found[0]
+    shown, _, captions = found[0]
     pictures = {captions[j][1][0].split()[-1]: j for j in range(37)}  # by file name
     for i, p in enumerate(probabilities):
         name = f"new/{'deep/' * (i % 2)}{i:02}.png"
         line = next(line for line in lines if line.startswith(f"{name}: "))
         predicted, share = re.fullmatch(r".*: (.*), (.*)%", line).groups()
-        assert predicted == utils.SHAPES[p.argmax()]
+        assert predicted == list(utils.SHAPES)[p.argmax()]
         assert float(share) == pytest.approx(100 * p.max().item(), abs=0.06)
         j = pictures[f"{i:02}.png"]
         assert torch.equal(shown[j], images[i])
         assert captions[j][0][0] == f"{p.argmax()} {predicted}"
-        assert captions[j][1][0].startswith(f"{float(share):.0f}%")
+        assert captions[j][1][0].startswith(f"{p.max():.0%}")
     with Image.open("cls-predicted.png") as img:
         assert img.size == (8 + 8 * 136, 28 + 5 * 170)
     assert not os.path.exists("logs/shapes/eval-cls")
@@ -463,10 +474,11 @@ def test_eval_does_not_download_to_a_path_of_another_computer(monkeypatch):
     torch.save(content, "cls.pth")
     roots = []
 
-    def noting(name, root):
+    def noting(name, root, num_train):
         roots.append(root)
         return utils.read_shapes(32)
 
+    monkeypatch.setattr(utils, "download", lambda _: None)
     monkeypatch.setattr(utils, "read_cifar", noting)
     evaluate("--eval", "cls.pth")
     os.makedirs("of/another/computer")
@@ -483,7 +495,7 @@ def test_letters_that_no_font_has_are_left_out(monkeypatch):
 
     unknown = draw("\U0010fffd", "\U0010fffe")
     english = ImageFont.load_default(12)
-    monkeypatch.setattr(utils, "load_fonts", lambda: [english])
+    monkeypatch.setattr(train_classifier, "load_fonts", lambda: [english])
     assert torch.equal(unknown, draw("", ""))  # what remains is the number
     assert torch.equal(draw("cat", "ä猫"), draw("cat", ""))
     long = draw("a name that is much longer than its place", "b")

@@ -35,7 +35,7 @@ MAE = MODEL | {"decoder_layer": 2, "decoder_head": 3, "mask_ratio": 0.75}
 RECIPE = {"seed": SEED, "batch_size": BATCH, "total_epoch": EPOCHS, "warmup_epoch": 1}
 RECIPE["base_learning_rate"] = 1e-2
 OURS = {"dataset": "shapes", "device": "cpu", "precision": "fp32", "max_device_batch_size": 10}
-TRAIN, VAL = utils.draw_shapes(400, 32, 0), utils.draw_shapes(16, 32, 1)
+TRAIN, VAL = utils.draw_shapes(range(400), 32, 0), utils.draw_shapes(range(16), 32, 1)
 
 
 def flags(**values):
@@ -85,7 +85,9 @@ class DataLoader:
 def source(monkeypatch, tmp_path):
     """-> run(script, initial, **flags): the model trained from those weights by the script."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "read_shapes", lambda _: utils.Dataset(*TRAIN, *VAL, utils.SHAPES))
+    monkeypatch.setattr(
+        utils, "read_shapes", lambda *_: utils.ImageSet(*TRAIN, *VAL, list(utils.SHAPES))
+    )
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
     monkeypatch.setattr(torch.utils.data, "DataLoader", DataLoader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
