@@ -325,7 +325,7 @@ def main(args):
                 train_batch(
                     net, optim, scaler, images, batch, noise, micro_batch_size, run.progress, crop
                 )
-            results = run.progress.mean()
+            results = run.progress.end()
 
             model.eval()
             grid = reconstruction_grid(

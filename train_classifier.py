@@ -570,7 +570,7 @@ def main(args):
                     net, optim, scaler, images, labels, batch, micro_batch_size, run.progress,
                     *recipe, args.augment,
                 )  # fmt: skip
-            train = run.progress.mean()
+            train = run.progress.end()
 
             model.eval()
             val = evaluate(net, val_images, val_labels, micro_batch_size)

@@ -5,7 +5,6 @@ last the run, which can be stopped anywhere and goes on to the same result.
 """
 
 import argparse
-import cmath
 import collections
 import contextlib
 import ctypes
@@ -19,7 +18,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,8 +73,7 @@ def memory_for(what="a micro-batch", remedy="--max_device_batch_size or the size
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if full or "DefaultCPUAllocator" in str(error):
+        if "MemoryError" in repr(error) or "DefaultCPUAllocator" in str(error):
             raise InputError(f"{what} does not fit into memory: lower {remedy}") from error
         raise
 
@@ -331,9 +328,8 @@ def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epo
 
 def set_learning_rate(optim, epoch, args):
     """Give the optimizer this epoch's learning rate, and return it."""
-    lr = learning_rate(
-        epoch, args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
-    )
+    recipe = args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
+    lr = learning_rate(epoch, *recipe)
     for group in optim.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
@@ -344,9 +340,8 @@ def set_learning_rate(optim, epoch, args):
 
 
 # Images in memory, uint8 [N,3,H,W], with labels int64 [N], and the names of the classes.
-ImageSet = collections.namedtuple(
-    "ImageSet", "train_images train_labels val_images val_labels classes"
-)
+FIELDS = "train_images train_labels val_images val_labels classes"
+ImageSet = collections.namedtuple("ImageSet", FIELDS)
 
 
 def checksum(*tensors):
@@ -520,25 +515,25 @@ def read_folder(root, image_size, num_train, need_classes):
 
 
 def circle(radius, x=0.0, corners=48):
-    """A regular polygon around x; its corners, like those of all shapes, are complex numbers."""
-    return [x + cmath.rect(radius, 2 * math.pi * i / corners) for i in range(corners)]
+    """A regular polygon around x; the corners of all shapes are complex numbers."""
+    return x + radius * np.exp(2j * np.pi * np.arange(corners) / corners)
 
 
 def box(width, height, x=0.0):
-    return [complex(x + i * width, j * height) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    return x + np.array([-width, width, width, -width]) + 1j * height * np.array([-1, -1, 1, 1])
 
 
 # Of each shape, which fits the unit disc, the polygons to fill and those to cut out of them.
 SHAPES = {
     "disc": ([circle(0.9)], []),
     "ring": ([circle(0.9)], [circle(0.46)]),
-    "half-disc": ([[cmath.rect(0.95, math.pi * i / 24) - 0.4j for i in range(25)]], []),
+    "half-disc": ([0.95 * np.exp(1j * np.linspace(0, np.pi, 25)) - 0.4j], []),
     "crescent": ([circle(0.9)], [circle(0.7, 0.45)]),
     "square": ([box(0.75, 0.75)], []),
     "frame": ([box(0.78, 0.78)], [box(0.42, 0.42)]),
     "triangle": ([circle(0.9, corners=3)], []),
     "cross": ([box(0.27, 0.9), box(0.9, 0.27)], []),
-    "star": ([[cmath.rect((1, 0.42)[i % 2], math.pi * i / 5) for i in range(10)]], []),
+    "star": ([circle(1, corners=10) * np.tile([1, 0.42], 5)], []),
     "bars": ([box(0.15, 0.8, x) for x in (-0.6, 0, 0.6)], []),
 }
 
@@ -551,7 +546,6 @@ def draw_shapes(numbers, image_size, seed):
     """
     labels = torch.as_tensor(numbers) % len(SHAPES)
     images = torch.empty(len(labels), 3, image_size, image_size, dtype=torch.uint8)
-    outlines, side = list(SHAPES.values()), 4 * image_size  # drawn larger, for soft edges
     axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
     for i, number in enumerate(numbers):
         rng = generator("shapes", seed, int(number))
@@ -560,20 +554,21 @@ def draw_shapes(numbers, image_size, seed):
             return low + (high - low) * torch.rand(shape, generator=rng)
 
         centre = complex(*uniform(-0.2, 0.2, 2))
-        turn = cmath.rect(uniform(0.6, 0.85).item(), uniform(-0.3, 0.3).item())
-        mask = Image.new("L", (side, side))
-        for polygons, fill in zip(outlines[labels[i]], (255, 0), strict=True):
+        size, angle = uniform(0.6, 0.85).item(), uniform(-0.3, 0.3).item()
+        mask = Image.new("L", (4 * image_size, 4 * image_size))  # to be reduced, for soft edges
+        for polygons, fill in zip(list(SHAPES.values())[labels[i]], (255, 0), strict=True):
             for polygon in polygons:
-                points = [(centre + turn * point + 1 + 1j) * side / 2 for point in polygon]
-                ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in points], fill)
+                points = (1 + 1j + centre + size * np.exp(1j * angle) * polygon) * 2 * image_size
+                ImageDraw.Draw(mask).polygon(list(zip(points.real, points.imag)), fill)  # noqa: B905
         inside = TF.pil_to_tensor(mask.reduce(4)) / 255  # [1,S,S]
 
         colour = uniform(0, 1, 3, 1, 1)
         background = (colour + 0.5 + uniform(-0.15, 0.15, 3, 1, 1)) % 1  # far from the colour
         slope_y, slope_x = uniform(-0.1, 0.1, 2, 3, 1, 1)
         background = background + slope_y * axis[:, None] + slope_x * axis
-        img = torch.lerp(background, colour, inside)
-        img += 0.02 * torch.randn(img.shape, generator=rng)
+        img = torch.lerp(background, colour, inside) + 0.02 * torch.randn(
+            3, *inside.shape[1:], generator=rng
+        )
         images[i] = (img * 255).round().clamp(0, 255)
     return images, labels
 
@@ -640,11 +635,10 @@ def choose_precision(name, devices):
     if devices[0].type == "cuda":
         oldest = min(torch.cuda.get_device_capability(device) for device in devices)
         return "bf16" if oldest >= (8, 0) else "fp16" if oldest >= (7, 0) else "fp32"
-    flags = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-        flags = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
-    native = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
-    return "bf16" if native else "fp32"
+        if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read()):
+            return "bf16"
+    return "fp32"
 
 
 def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
@@ -745,9 +739,8 @@ def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
-    compiled = bool(accelerated.compiled_size)
-    settings = {"device": name, "precision": precision, "compile": compiled, "micro-batch": size}
-    return net, size * n, settings
+    settings = {"device": name, "precision": precision, "compile": bool(accelerated.compiled_size)}
+    return net, size * n, settings | {"micro-batch": size}
 
 
 def try_micro_batch(net, accelerated, example, size, n, must_compile):
@@ -786,11 +779,13 @@ def micro_batches(net, micro_batch_size, device, *tensors):
     A tensor may be None, and so are its slices. Each process yields at least one micro-batch, maybe
     empty; DDP exchanges gradients in the last only.
     """
-    slices = [
-        itertools.repeat(None) if x is None else to_device(shard(x), device).split(micro_batch_size)
-        for x in tensors
-    ]
-    *others, last = zip(*slices)  # noqa: B905  (None without end)
+
+    def slices(tensor):
+        if tensor is None:
+            return itertools.repeat(None)
+        return to_device(shard(tensor), device).split(micro_batch_size)
+
+    *others, last = zip(*map(slices, tensors))  # noqa: B905  (None without end)
     for micro_batch in others:
         with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
             yield micro_batch
@@ -894,19 +889,16 @@ def read_checkpoint(path):
 
 
 def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier -> content of a model file.
-
-    It may have been pickled within DataParallel, torch.compile's module, or one within the other.
-    """
-    for _ in range(2):
-        module = module._modules.get("module", module._modules.get("_orig_mod", module))
-    kind = "MAE_ViT" if "encoder" in module._modules else "ViT_Classifier"
-    encoder = module._modules.get("encoder", module)
-    architecture = {"encoder_head": encoder.get_submodule("transformer.0.attn").num_heads}
-    if kind == "MAE_ViT":
-        architecture["decoder_head"] = module.get_submodule("decoder.transformer.0.attn").num_heads
-        architecture["mask_ratio"] = encoder.shuffle.ratio
-    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
+    """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
+    heads, architecture = {}, {}
+    for name, part in module.named_modules():
+        if name.endswith("transformer.0.attn"):
+            heads["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
+        if name.endswith("shuffle"):
+            architecture["mask_ratio"] = part.ratio
+    kind = "MAE_ViT" if "decoder_head" in heads else "ViT_Classifier"
+    weights = dict(module.named_parameters())
+    return {"kind": kind, "model": weights, "architecture": architecture | heads}
 
 
 def architecture_of(weights):
@@ -1025,10 +1017,7 @@ class Curves:
 
     def __init__(self, folder):
         self.folder, self.writers = folder, {}
-        # write() reports a writer's OSError; its thread would print a traceback as well.
-        threading.excepthook = lambda args: (
-            isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
-        )
+        threading.excepthook = lambda _: None  # of a writer's thread, whose errors write() raises
 
     def write(self, epoch, scalars, images=None):
         """Write {tag: value, or {name: value} for several curves in a chart} and {tag: [3,H,W]}.
@@ -1064,49 +1053,52 @@ def in_words(seconds):
 class Progress:
     """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
 
-    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. The bar
-    is shown on a terminal only (disable=None).
+    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. They
+    begin with those before an interruption, if there was one. The bar is shown on a terminal only.
     """
 
-    def __init__(self, device, names, sums=(), **bar):
-        self.names, self.start = names, time.perf_counter()
-        sums = torch.tensor(sums or [0.0] * (1 + len(names)), dtype=torch.float64)
-        self.images_before = sums[0].item()
-        if rank() > 0:  # what was summed before an interruption counts once
-            sums.zero_()
-        self.sums = to_device(sums, device)
-        self.host_sums = sums.pin_memory() if device.type == "cuda" else sums.clone()
-        bar |= {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
-        self.bar = tqdm(initial=int(self.images_before), **bar)
+    def __init__(self, device, names, sums=(), text="", total=0):
+        self.names, self.start, self.total = names, time.perf_counter(), total
+        self.images_before = sums[0] if sums else 0
+        values = sums if sums and rank() == 0 else [0.0] * (1 + len(names))  # they count once
+        values = torch.tensor(values, dtype=torch.float64)
+        self.sums = to_device(values, device)
+        self.host_sums = values.pin_memory() if device.type == "cuda" else values.clone()
+        hide = rank() > 0 or None  # None: unless it is a terminal
+        self.bar = tqdm(
+            desc=text, total=total, unit="img", mininterval=0.3, leave=False, disable=hide
+        )
+        self.bar.update(int(self.images_before))
 
     def add(self, num_images, *sums):
         """Add a micro-batch: its size, and its summed values in the order of names."""
         self.sums[0] += num_images
         self.sums[1:] += torch.stack(sums)
-        self.bar.update(min(num_images * world_size(), (self.bar.total or 0) - self.bar.n))
+        self.bar.update(min(num_images * world_size(), self.total - self.bar.n))
+
+    def means(self, num_images, *sums):
+        """{name: mean over the images}"""
+        return {name: x / max(num_images, 1) for name, x in zip(self.names, sums, strict=True)}
 
     def end_update(self):
         """Show the means in the bar. A GPU is not waited for: its sums may come an update late."""
         self.host_sums.copy_(self.sums, non_blocking=True)
-        num_images, *sums = self.host_sums.tolist()
-        means = zip(self.names, sums, strict=True)
-        means = {name: f"{x / max(num_images, 1):.4f}" for name, x in means}
-        self.bar.set_postfix(means, refresh=False)
+        self.bar.set_postfix(self.means(*self.host_sums.tolist()), refresh=False)
 
     def read(self):
         """The sums over all processes."""
         return reduce_over_processes(self.sums.clone()).tolist()
 
-    def mean(self):
-        """Close the bar -> {name: mean over the images}. Also sets per_second."""
+    def end(self):
+        """Close the bar -> the means over all processes. Also sets per_second."""
         self.bar.close()
-        num_images, *sums = self.read()
-        self.per_second = (num_images - self.images_before) / (time.perf_counter() - self.start)
-        return {name: x / num_images for name, x in zip(self.names, sums, strict=True)}
+        sums = self.read()
+        self.per_second = (sums[0] - self.images_before) / (time.perf_counter() - self.start)
+        return self.means(*sums)
 
     def time_left(self, epochs):
         """What so many more epochs take at the pace of this one: ", 2 h 10 min left"."""
-        share = 1 - self.images_before / self.bar.total  # of this epoch, if it was resumed
+        share = 1 - self.images_before / self.total  # of this epoch, if it was resumed
         seconds = (time.perf_counter() - self.start) * epochs
         return f", {in_words(seconds / share)} left" if share else ""
 
@@ -1151,13 +1143,13 @@ def kept_paths(model_path, epoch, keep_every):
 
 
 def keep_earlier_run(model_path):
-    """Give the files of an earlier run second names, such as vit-t-mae-old-1.pth.
+    """Copy the files of an earlier run, to vit-t-mae-old-1.pth and so on: a new run replaces them.
 
-    So a new run can replace them, one by one. The state is among them if its run is unfinished:
-    `--resume --model_path vit-t-mae-old-1.pth` goes on with it.
+    Not the state of a finished run; with that of another `--resume --model_path
+    vit-t-mae-old-1.pth` goes on.
     """
     start, extension = os.path.splitext(model_path)
-    ours = re.compile(re.escape(start) + r"(-\d+|\.state)?\.\w+")
+    ours = re.compile(re.escape(start) + r"(-\d+|\.state)?\.\w+")  # -0400: of --keep_every
     files = set(filter(ours.fullmatch, glob.glob(f"{glob.escape(start)}*")))
     with contextlib.suppress(InputError, KeyError, TypeError):  # no state, or a damaged one
         state = read_checkpoint(state_path(model_path))
@@ -1165,12 +1157,9 @@ def keep_earlier_run(model_path):
             files.remove(state_path(model_path))
     names = (f"{start}-old-{i}" for i in itertools.count(1))
     other = next(name for name in names if not glob.glob(f"{glob.escape(name)}[.-]*"))
-    with as_input_error(f"cannot write {other}{extension}", OSError):
-        for path in files:
-            try:
-                os.link(path, other + path.removeprefix(start))
-            except OSError:  # a file system without links
-                shutil.copy2(path, other + path.removeprefix(start))
+    for path in files:
+        with open(path, "rb") as file:
+            write_file(other + path.removeprefix(start), file.read())
     if files:
         print_rank_0(f"an earlier run is kept as {other}{extension}")
 
@@ -1201,7 +1190,7 @@ class Run:
         for epoch in run.epochs():
             for update, batch in run.updates(batches, ["loss"]):
                 train_batch(..., run.progress)  # adds its loss
-            results = run.progress.mean()
+            results = run.progress.end()
             run.curves.write(epoch, {"mae_loss": results["loss"]})
             if run.end_epoch(save_now=...):
                 run.save({args.model_path: model_bytes(...)})
@@ -1259,7 +1248,7 @@ class Run:
         """
         device, total = self.optim.param_groups[0]["params"][0].device, sum(map(len, batches))
         text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
-        self.progress = Progress(device, names, self.sums, desc=text, total=total)
+        self.progress = Progress(device, names, self.sums, text, total)
         for update, batch in enumerate(batches):
             if update < self.update:
                 continue
@@ -1314,12 +1303,10 @@ class Run:
     def check_finite(self, *tensors, scale=1.0):
         """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
-            raise InputError(
-                f"loss, weights or gradients are not finite after {self.epoch} epochs, "
-                f"{self.update} updates, at learning rate {self.optim.param_groups[-1]['lr']:.2e}; "
-                "try --resume with --precision fp32, or a new run with a lower "
-                "--base_learning_rate or more --warmup_epoch"
-            )
+            place = f"{self.epoch} epochs, {self.update} updates, at learning rate "
+            place += f"{self.optim.param_groups[-1]['lr']:.2e}: try --resume with --precision fp32"
+            remedy = "or a new run with a lower --base_learning_rate or more --warmup_epoch"
+            raise InputError(f"loss, weights or gradients are not finite after {place}, {remedy}")
 
     def stop_if_told(self):
         """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
@@ -1338,9 +1325,12 @@ def start_run(args, name, model_path, *content):
     Raises InputError if another run writes this model file. The system gives the lock back however
     a process dies; Windows and some file systems have none.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook, path = threading.excepthook, f"{state_path(model_path)}.lock"
+    path = f"{state_path(model_path)}.lock"
     with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        stack.callback(torch.set_num_threads, THREADS)
         if rank() == 0:
             with as_input_error(f"cannot write {path}", OSError):
                 os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -1349,13 +1339,7 @@ def start_run(args, name, model_path, *content):
                 with as_input_error(f"another run is writing {model_path}", BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(remove, path)
-        try:
-            yield Run(args, name, model_path, *content)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            threading.excepthook = hook
-            torch.set_num_threads(THREADS)
+        yield Run(args, name, model_path, *content)
 
 
 def resume_args(parser, argv, output):
@@ -1370,17 +1354,13 @@ def resume_args(parser, argv, output):
         raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
     state = read_checkpoint(path)
     with as_input_error(f"{path} is not a state of this version", Exception):
-        if "fingerprint" not in state:  # that of a script of long ago, or a model
-            raise KeyError("fingerprint")
-        saved = defaults | state["args"] | {output: model_path}  # flags may be newer than the state
+        # Flags may be newer than the state. That of a script of long ago has no fingerprint.
+        saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
     if saved.keys() - defaults.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
-    differences = [
-        f"--{name} {value} (it has {saved[name]})"
-        for name, value in vars(args).items()
-        if value != saved[name] and name not in FREE_FLAGS
-    ]
-    if differences:
-        raise InputError(f"the run of {path} cannot go on with {', '.join(differences)}")
+    changed = {name for name, value in vars(args).items() if value != saved[name]} - FREE_FLAGS
+    if changed:
+        text = [f"--{name} {getattr(args, name)} (it has {saved[name]})" for name in changed]
+        raise InputError(f"the run of {path} cannot go on with {', '.join(text)}")
     return args

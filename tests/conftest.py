@@ -5,7 +5,6 @@ import hashlib
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
