@@ -27,22 +27,13 @@ from torchvision.transforms.functional import to_tensor
 
 import utils
 from model import MAE_ViT, count_visible
+from train_classifier import load_model
 
-DEMO = {
-    "dataset": "shapes",
-    "patch_size": 8,
-    "emb_dim": 64,
-    "encoder_layer": 4,
-    "encoder_head": 4,
-    "decoder_layer": 1,
-    "decoder_head": 4,
-    "mask_ratio": 0.5,
-    "batch_size": 64,
-    "base_learning_rate": 8e-3,
-    "total_epoch": 16,
-    "warmup_epoch": 1,
-    "model_path": "vit-t-mae-demo.pth",
-}
+DEMO = dict(
+    dataset="shapes", patch_size=8, emb_dim=64, encoder_layer=4, encoder_head=4, decoder_layer=1,
+    decoder_head=4, mask_ratio=0.5, batch_size=64, base_learning_rate=8e-3, total_epoch=16,
+    warmup_epoch=1, model_path="vit-t-mae-demo.pth",
+)  # fmt: skip
 AFTER_DEMO = """
 Look at {png_path}: 16 images, each masked, reconstructed and as it was drawn.
 See next what pretraining is worth with 500 labels, from scratch and pretrained:
@@ -65,33 +56,24 @@ def get_args(argv=None):
     add("--image_size", type=utils.positive_int, default=32, help="side of the images in pixels")
     add("--patch_size", type=utils.positive_int, default=2,
         help="side of a patch in pixels; an image has (image_size / patch_size)^2 patches")
-    add("--emb_dim", type=utils.positive_int, default=192,
-        help="embedding dimension; a multiple of the number of heads")
-    add("--encoder_layer", type=utils.positive_int, default=12,
-        help="number of Transformer blocks of the encoder")
-    add("--encoder_head", type=utils.positive_int, default=3,
-        help="attention heads per block of the encoder")
-    add("--decoder_layer", type=utils.positive_int, default=4,
-        help="number of Transformer blocks of the decoder")
-    add("--decoder_head", type=utils.positive_int, default=3,
-        help="attention heads per block of the decoder")
+    add("--emb_dim", type=utils.positive_int, default=192, help="width; a multiple of the heads")
+    add("--encoder_layer", type=utils.positive_int, default=12, help="blocks of the encoder")
+    add("--encoder_head", type=utils.positive_int, default=3, help="attention heads per block")
+    add("--decoder_layer", type=utils.positive_int, default=4, help="blocks of the decoder")
+    add("--decoder_head", type=utils.positive_int, default=3, help="attention heads per block")
     add("--decoder_dim", type=utils.positive_int, metavar="N",
-        help="embedding dimension of the decoder; a multiple of its heads (default: emb_dim)")
+        help="width of the decoder; a multiple of its heads (default: emb_dim)")
     open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
     add("--mask_ratio", type=open_ratio, default=0.75, nargs="+", action=OneOrMore,
-        help="fraction of the patches that is masked; int(patches * (1 - mask_ratio)) stay "
-             "visible; several values only with --reconstruct")
+        help="fraction of the patches that is masked; several values only with --reconstruct")
     add("--masking", choices=["random", "block", "grid"], default="random",
-        help="which patches are masked: random ones; rectangles; or, at 0.75, all but one of each "
-             "2x2 (paper, Table 1f)")
+        help="random patches; rectangles; at 0.75, all but one of each 2x2 (paper, Table 1f)")
     add("--norm_pix_loss", action="store_true",
-        help="predict pixels normalised by the mean and standard deviation of their patch; "
-             "the reconstructions shown are de-normalised with those of the true patch")
+        help="predict pixels normalised by the mean and standard deviation of their patch")
     parser.add_argument("--augment", action="store_true",
         help="train on random resized crops, half of them flipped, as in the paper")
     parser.add_argument("--reconstruct", metavar="PATH",
-        help="no training: the model of --model_path reconstructs an image, or 16 spread over a "
-             "folder, in a PNG beside the model file (default: train)")
+        help="no training: --model_path reconstructs an image or 16 of a folder (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, model_path="vit-t-mae.pth")
@@ -210,7 +192,7 @@ def reconstruction_grid(model, img, noise, patch_size, norm_pix_loss=False):
 
 def reconstruct_images(args):
     """--reconstruct: images through a trained model, masked and reconstructed at each ratio."""
-    model, architecture, content = utils.load_model(args.model_path, "MAE_ViT")
+    model, architecture, content = load_model(args.model_path, "MAE_ViT")
     norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
     path = utils.free_path(os.path.splitext(args.model_path)[0] + "-reconstructed.png")
     files = utils.list_images(args.reconstruct)[0]
@@ -291,7 +273,8 @@ def main(args):
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
 
-    loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
+    target = args.patch_size, args.norm_pix_loss
+    loss = MAELoss(model, *target)
     img = utils.to_float(images[:1]) if args.augment else images[:1]
     blocks = [(1 + num_visible, args.emb_dim)] * args.encoder_layer
     blocks += [(1 + num_patches, decoder_dim)] * args.decoder_layer
@@ -328,19 +311,18 @@ def main(args):
             results = run.progress.end()
 
             model.eval()
-            grid = reconstruction_grid(
-                model, shown, shown_noise, args.patch_size, args.norm_pix_loss
-            )
+            grid = reconstruction_grid(model, shown, shown_noise, *target)
             run.check_finite(grid)
-            speed, left = (
-                run.progress.per_second,
-                run.progress.time_left(args.total_epoch - epoch - 1),
-            )
-            scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
+            left = run.progress.time_left(args.total_epoch - epoch - 1)
+            scalars = {
+                "mae_loss": results["loss"],
+                "lr": lr,
+                "images_per_second": run.progress.per_second,
+            }
             run.curves.write(epoch, scalars, {"mae_image": grid})
             utils.print_rank_0(
                 f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-                f"{speed:,.0f} images/s{left}"
+                f"{run.progress.per_second:,.0f} images/s{left}"
             )
             kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
             if run.end_epoch(save_now=bool(kept)):

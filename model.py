@@ -166,17 +166,9 @@ class MAE_ViT(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        image_size=32,
-        patch_size=2,
-        emb_dim=192,
-        encoder_layer=12,
-        encoder_head=3,
-        decoder_layer=4,
-        decoder_head=3,
-        mask_ratio=0.75,
-        decoder_dim=None,
-    ):
+        self, image_size=32, patch_size=2, emb_dim=192, encoder_layer=12, encoder_head=3,
+        decoder_layer=4, decoder_head=3, mask_ratio=0.75, decoder_dim=None,
+    ):  # fmt: skip
         super().__init__()
         self.encoder = MAE_Encoder(
             image_size, patch_size, emb_dim, encoder_layer, encoder_head, mask_ratio

@@ -31,19 +31,14 @@ from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
 from torchvision.transforms.functional import to_tensor
 
 import utils
-from model import MAE_Encoder, ViT_Classifier
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
 ENCODER = dict(image_size=32, patch_size=2, emb_dim=192, encoder_layer=12, encoder_head=3)
 # 500 labels, where mae_pretrain.py --demo saw 10,000 images.
-DEMO = {
-    "dataset": "shapes",
-    "train_images": 500,
-    "batch_size": 32,
-    "base_learning_rate": 8e-3,
-    "total_epoch": 20,
-    "warmup_epoch": 2,
-    "output_model_path": "vit-t-classifier-demo.pth",
-}
+DEMO = dict(
+    dataset="shapes", train_images=500, batch_size=32, base_learning_rate=8e-3, total_epoch=20,
+    warmup_epoch=2, output_model_path="vit-t-classifier-demo.pth",
+)  # fmt: skip
 DEMO_ENCODER = ENCODER | {"patch_size": 8, "emb_dim": 64, "encoder_layer": 4, "encoder_head": 4}
 
 
@@ -57,32 +52,26 @@ def get_args(argv=None):
         help="take the sizes of the pretrained model only, and new weights: for comparison")
     add("--image_size", type=utils.positive_int, help="side of the images in pixels (default: 32)")
     add("--patch_size", type=utils.positive_int, help="side of a patch in pixels (default: 2)")
-    add("--emb_dim", type=utils.positive_int,
-        help="embedding dimension; a multiple of the number of heads (default: 192)")
-    add("--encoder_layer", type=utils.positive_int,
-        help="number of Transformer blocks (default: 12)")
-    add("--encoder_head", type=utils.positive_int,
-        help="attention heads per block (default: 3)")
+    add("--emb_dim", type=utils.positive_int, help="a multiple of the heads (default: 192)")
+    add("--encoder_layer", type=utils.positive_int, help="number of blocks (default: 12)")
+    add("--encoder_head", type=utils.positive_int, help="attention heads per block (default: 3)")
     add = parser.add_argument_group("recipe").add_argument
-    add("--augment", type=utils.checked(float, lambda x: 0 <= x <= 1, "from 0 to 1"), nargs="?",
-        const=1.0, metavar="STRENGTH",
-        help="shift, flip, distort, erase and mix images, smooth labels; a strength of 0, for "
-             "short runs, only shifts and flips (default: no augmentation; --augment alone: 1)")
-    add("--layer_decay", type=utils.checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        default=1.0, metavar="RATE",
+    strength = utils.checked(float, lambda x: 0 <= x <= 1, "from 0 to 1")
+    add("--augment", type=strength, nargs="?", const=1.0, metavar="STRENGTH",
+        help="shift, flip, distort, erase and mix images, smooth labels; a strength of 0 only "
+             "shifts and flips (default: no augmentation; --augment alone: 1)")
+    decay = utils.checked(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+    add("--layer_decay", type=decay, default=1.0, metavar="RATE",
         help="each block learns at RATE times the rate of the block above it (paper: 0.75)")
-    add("--drop_path", type=utils.checked(float, lambda x: 0 <= x < 1, "from 0 to below 1"),
-        default=0.0, metavar="RATE",
-        help="stochastic depth: drop the last block's branches with this probability, those of "
-             "earlier blocks less often")
+    rate = utils.checked(float, lambda x: 0 <= x < 1, "from 0 to below 1")
+    add("--drop_path", type=rate, default=0.0, metavar="RATE",
+        help="stochastic depth: how often to drop the last block's branches; earlier ones less")
     add("--linear_probe", action="store_true",
         help="freeze the encoder and train a linear classifier on its normalised features")
     add("--holdout", type=utils.positive_int, metavar="N",
-        help="set N training images aside, choose the best epoch on them, and report its "
-             "accuracy on the test images (default: choose it on the test images)")
+        help="choose the best epoch on N training images set aside (default: on the test images)")
     add("--eval", metavar="FILE",
-        help="no training: accuracy by class, confusion matrix and a picture of mistakes of a "
-             "saved classifier, on the dataset of its run if no other is given (default: train)")
+        help="no training: what a saved classifier gets right and wrong (default: train)")
     add("--predict", metavar="PATH",
         help="with --eval: the class of an image, or of each image of a folder (default: off)")
     utils.add_shared_flags(parser, "--output_model_path",
@@ -96,6 +85,80 @@ def get_args(argv=None):
     return utils.resume_args(parser, argv, "output_model_path") if args.resume else args
 
 
+def unpack_module(module):
+    """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
+    heads, architecture = {}, {}
+    for name, part in module.named_modules():
+        if name.endswith("transformer.0.attn"):
+            heads["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
+        if name.endswith("shuffle"):
+            architecture["mask_ratio"] = part.ratio
+    kind = "MAE_ViT" if "decoder_head" in heads else "ViT_Classifier"
+    weights = dict(module.named_parameters())
+    return {"kind": kind, "model": weights, "architecture": architecture | heads}
+
+
+def architecture_of(weights):
+    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
+
+    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
+    Raises KeyError for a tensor that is not there.
+    """
+    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
+    blocks = [name for name in weights if name.endswith("norm1.weight")]
+    encoder_layer = sum(name.startswith(f"{prefix}transformer.") for name in blocks)
+    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
+    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
+    architecture = {"image_size": math.isqrt(num_patches) * patch_size, "patch_size": patch_size}
+    architecture |= {"emb_dim": emb_dim, "encoder_layer": encoder_layer}
+    if prefix:
+        architecture["decoder_layer"] = len(blocks) - encoder_layer
+        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
+    elif "head.bias" in weights:
+        architecture["num_classes"] = len(weights["head.bias"])
+    return architecture
+
+
+def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
+    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
+    return ViT_Classifier(encoder, num_classes)
+
+
+def load_model(path, kind):
+    """Read a model file -> model, its architecture, the file's whole content.
+
+    kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
+    whole module as the source pickles it, maybe within DataParallel or torch.compile's. A bare
+    state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
+    0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
+    shapes and finite values.
+    """
+    content = utils.read_checkpoint(path)
+    with utils.as_input_error(f"{path} does not hold the weights of {kind}", Exception):
+        if isinstance(content, utils.InertModule):
+            content = unpack_module(content)
+        elif "fingerprint" in content:
+            raise ValueError(f"it is a run's state; its model is {path.replace('.state.', '.')}")
+        elif "model" not in content:
+            content = {"kind": kind, "model": content}
+        if content.get("kind") != kind:
+            raise ValueError(f"its kind is {content.get('kind')}")
+        weights = {}
+        for name, x in content["model"].items():
+            plain = isinstance(x, torch.Tensor) and x.is_floating_point()
+            if not plain or not x.isfinite().all():
+                raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
+            x = x.detach().float().clone(memory_format=torch.contiguous_format)
+            weights[name.replace("_orig_mod.", "").removeprefix("module.")] = x
+        # Sizes are those of the tensors, whatever the file claims.
+        claimed = {"encoder_head": 3} | content.get("architecture", {})
+        architecture = claimed | architecture_of(weights)
+        with torch.device("meta"):  # no memory: the weights are those of the file
+            model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
+        model.load_state_dict(weights, assign=True)
+    return model, architecture, content
+
+
 def make_encoder(args):
     """The encoder to train, new or from --pretrained_model_path -> MAE_Encoder, its sizes.
 
@@ -104,7 +167,7 @@ def make_encoder(args):
     path = None if args.resume else args.pretrained_model_path  # a state has the weights itself
     sizes = DEMO_ENCODER if args.demo else ENCODER
     if path:
-        mae, sizes, _ = utils.load_model(path, "MAE_ViT")
+        mae, sizes, _ = load_model(path, "MAE_ViT")
     asked = {name: getattr(args, name) for name in ENCODER if getattr(args, name)}
     for name, value in asked.items():
         if path and value != sizes[name]:
@@ -269,7 +332,7 @@ def evaluate(net, images, labels, micro_batch_size):
 
 
 @torch.no_grad()
-def extract_features(model, precision, micro_batch_size, train_images, *others):
+def extract_features(model, settings, train_images, *others):
     """Images uint8 [N,3,H,W] -> features [N,C], of mean 0 and variance 1 over the training set.
 
     And that mean and standard deviation: those of BatchNorm without affine parameters (paper,
@@ -277,8 +340,9 @@ def extract_features(model, precision, micro_batch_size, train_images, *others):
     """
     encoder = copy.deepcopy(model).to(train_images.device)
     encoder.head = torch.nn.Identity()
-    net = utils.Accelerated(encoder, train_images.device, precision)
-    train, *rest = (predict(net, images, micro_batch_size) for images in (train_images, *others))
+    net = utils.Accelerated(encoder, train_images.device, settings["precision"])
+    size = settings["micro-batch"]
+    train, *rest = (predict(net, images, size) for images in (train_images, *others))
     variance = train.var(0, correction=min(1, len(train) - 1))  # a single image has none
     mean, std = train.mean(0), (variance + 1e-5).sqrt()
     return mean, std, [(features - mean) / std for features in (train, *rest)]
@@ -392,7 +456,7 @@ def classify(model, images, devices, args):
 def predict_files(args):
     """--eval FILE --predict PATH: the classes of images without labels, printed and drawn."""
     devices = utils.choose_devices(args.device)
-    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
+    model, architecture, content = load_model(args.eval, "ViT_Classifier")
     png_path = utils.free_path(os.path.splitext(args.eval)[0] + "-predicted.png")
     files = utils.list_images(args.predict)[0]
     utils.check_memory(len(files), architecture["image_size"])
@@ -414,7 +478,7 @@ def predict_files(args):
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
     devices, start = utils.choose_devices(args.device), os.path.splitext(args.eval)[0]
-    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
+    model, architecture, content = load_model(args.eval, "ViT_Classifier")
     saved = {"dataset": "cifar10", "data_path": "data"} | content.get("args", {})
     args = copy.copy(args)
     args.image_size, args.train_images = architecture["image_size"], 0
@@ -469,27 +533,25 @@ def to_timm(model):
     timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
     and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
     """
-    names = {
-        "pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks",
-        "layer_norm": "norm",
-    }  # fmt: skip
+    names = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj"}
+    names |= {"transformer": "blocks", "layer_norm": "norm"}
     state_dict, weights = model.state_dict(), {}
-    sizes = utils.architecture_of(state_dict)
     for name, tensor in state_dict.items():
         first, *rest = name.split(".")
         weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
     weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
-    return weights, {
-        "img_size": sizes["image_size"],
-        "patch_size": sizes["patch_size"],
-        "embed_dim": sizes["emb_dim"],
-        "depth": sizes["encoder_layer"],
-        "num_heads": model.transformer[0].attn.num_heads,
-        "num_classes": sizes.get("num_classes", 0),
-        "qkv_bias": False,
-        "no_embed_class": True,
-        "norm_layer": torch.nn.LayerNorm,
-    }
+    sizes = architecture_of(state_dict)
+    arguments = {"img_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
+    arguments |= {"embed_dim": sizes["emb_dim"], "depth": sizes["encoder_layer"]}
+    arguments |= {"num_heads": model.transformer[0].attn.num_heads, "qkv_bias": False}
+    arguments |= {"no_embed_class": True, "norm_layer": torch.nn.LayerNorm}
+    return weights, arguments | {"num_classes": sizes.get("num_classes", 0)}
+
+
+def open_charts(folder):
+    """-> {(key, part): Curves}. TensorBoard shows both parts in one chart."""
+    names = [(key, part) for key in ("loss", "acc") for part in ("train", "val")]
+    return {(key, part): utils.Curves(f"{folder}/cls_{key}_{part}") for key, part in names}
 
 
 def report(args, results, num_test):
@@ -512,9 +574,7 @@ def main(args):
     if args.predict is not None:
         raise utils.InputError("--predict needs the classifier: add --eval FILE")
     if args.linear_probe and (args.augment is not None or args.drop_path or args.layer_decay != 1):
-        raise utils.InputError(
-            "--linear_probe computes features once: leave out --augment, --drop_path, --layer_decay"
-        )
+        raise utils.InputError("--linear_probe takes no --augment, --drop_path or --layer_decay")
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
     device = devices[0]
@@ -546,24 +606,18 @@ def main(args):
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
 
-    path, content = args.output_model_path, (model, optim, scaler, all_images)
-    with utils.start_run(args, name, path, *content) as run:
+    path, num_epochs = args.output_model_path, args.total_epoch
+    with utils.start_run(args, name, path, model, optim, scaler, all_images) as run:
         utils.describe_run(args, settings, model, dataset, run.curves.folder)
+        charts = open_charts(run.curves.folder)
         if args.linear_probe:  # now, as a resumed run has the encoder from its state
-            mean, std, (images, val_images, test_images) = extract_features(
-                model,
-                settings["precision"],
-                settings["micro-batch"],
-                images,
-                val_images,
-                test_images,
-            )
+            mean, std, features = extract_features(model, settings, images, val_images, test_images)
+            images, val_images, test_images = features
         for epoch in run.epochs():
             lr = utils.set_learning_rate(optim, epoch, args)
             model.train()
-            order = torch.randperm(
-                len(images), generator=utils.generator("order", args.seed, epoch)
-            )
+            rng = utils.generator("order", args.seed, epoch)
+            order = torch.randperm(len(images), generator=rng)
             for update, batch in run.updates(order.split(args.batch_size), ["loss", "acc"]):
                 recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
                 train_batch(
@@ -575,20 +629,18 @@ def main(args):
             model.eval()
             val = evaluate(net, val_images, val_labels, micro_batch_size)
             run.check_finite(torch.tensor(val["loss"]))
-            curves = {f"cls/{key}": {"train": train[key], "val": val[key]} for key in val}
-            speed, left = (
-                run.progress.per_second,
-                run.progress.time_left(args.total_epoch - epoch - 1),
-            )
-            run.curves.write(epoch, curves | {"lr": lr, "images_per_second": speed})
+            speed, left = run.progress.per_second, run.progress.time_left(num_epochs - epoch - 1)
+            run.curves.write(epoch, {"lr": lr, "images_per_second": speed})
+            for (key, part), curves in charts.items():
+                curves.write(epoch, {f"cls/{key}": {"train": train, "val": val}[part][key]})
             utils.print_rank_0(
-                f"epoch {epoch + 1}/{args.total_epoch}: train loss {train['loss']:.4f} "
+                f"epoch {epoch + 1}/{num_epochs}: train loss {train['loss']:.4f} "
                 f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
                 f"lr {lr:.2e}, {speed:,.0f} images/s{left}"
             )
             best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
             results = {"epoch": epoch + 1, **val}
-            if args.holdout and (best or epoch + 1 == args.total_epoch):
+            if args.holdout and (best or epoch + 1 == num_epochs):
                 test = evaluate(net, test_images, test_labels, micro_batch_size)
                 results |= {f"test_{key}": value for key, value in test.items()}
             run.results |= {"last": results} | ({"best": results} if best else {})

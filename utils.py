@@ -40,7 +40,7 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier
+from model import SizeError
 
 with contextlib.suppress(ImportError):  # not on Windows
     import fcntl
@@ -142,17 +142,16 @@ def processes():
 
     NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield
-        return
-    # Harmless: for the [1,1,C] tokens both strides mean the same layout.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    with one_line_errors():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Harmless: for the [1,1,C] tokens both strides mean the same layout.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        with one_line_errors():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def shard(tensor):
@@ -250,8 +249,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--dataset", choices=["cifar10", "cifar100", "folder", "shapes"], default="cifar10",
         help="cifar10, cifar100: downloaded; folder: your own images; shapes: synthetic")
     add("--data_path", default="data",
-        help="folder of the download or, for folder, of your images: train/<class>/... and "
-             "val/<class>/... or test/<class>/...; to pretrain, any images")
+        help="folder of the download, or of train/<class>/... and val/<class>/...; see the readme")
     add("--train_images", type=positive_int, metavar="N",
         help="use N of the training images, spread evenly over the classes (default: all)")
     add = parser.add_argument_group("training").add_argument
@@ -266,13 +264,10 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="factor: the smaller of a linear warm-up over N epochs and a cosine over all epochs")
     add = parser.add_argument_group("device").add_argument
     add("--max_device_batch_size", type=positive_int, metavar="N",
-        help="largest micro-batch, the images on a device in one pass; gradients are accumulated, "
-             "so the result does not depend on it (default: chosen for the device)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="auto: CUDA if a working GPU is found, else the CPU")
+        help="largest micro-batch; the result does not depend on it (default: chosen)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU that works")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="of matrix products; weights stay fp32; "
-             "auto: bf16 where the hardware computes it natively, else fp16 on a GPU, else fp32")
+        help="of matrix products; auto: bf16 where native, else fp16 on a GPU, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the model (default: on one GPU, from 3 million images x epochs on)")
     add = parser.add_argument_group("output").add_argument
@@ -284,8 +279,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="every N epochs, also keep the model, such as model-0400.pth (default: off)")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
         help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
-    add("--resume", action="store_true",
-        help="go on from the run's last state; other flags need not be repeated")
+    add("--resume", action="store_true", help="go on; other flags need not be repeated")
     parser.set_defaults(**defaults)
 # fmt: on
 
@@ -546,30 +540,24 @@ def draw_shapes(numbers, image_size, seed):
     """
     labels = torch.as_tensor(numbers) % len(SHAPES)
     images = torch.empty(len(labels), 3, image_size, image_size, dtype=torch.uint8)
-    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
+    outlines, axis = list(SHAPES.values()), np.linspace(-1, 1, image_size)
     for i, number in enumerate(numbers):
-        rng = generator("shapes", seed, int(number))
-
-        def uniform(low, high, *shape, rng=rng):
-            return low + (high - low) * torch.rand(shape, generator=rng)
-
-        centre = complex(*uniform(-0.2, 0.2, 2))
-        size, angle = uniform(0.6, 0.85).item(), uniform(-0.3, 0.3).item()
+        rng = np.random.default_rng([seed, int(number)])
+        centre = 1 + 1j + complex(*rng.uniform(-0.2, 0.2, 2))
+        turn = rng.uniform(0.6, 0.85) * np.exp(1j * rng.uniform(-0.3, 0.3))
         mask = Image.new("L", (4 * image_size, 4 * image_size))  # to be reduced, for soft edges
-        for polygons, fill in zip(list(SHAPES.values())[labels[i]], (255, 0), strict=True):
+        for polygons, fill in zip(outlines[labels[i]], (255, 0), strict=True):
             for polygon in polygons:
-                points = (1 + 1j + centre + size * np.exp(1j * angle) * polygon) * 2 * image_size
-                ImageDraw.Draw(mask).polygon(list(zip(points.real, points.imag)), fill)  # noqa: B905
-        inside = TF.pil_to_tensor(mask.reduce(4)) / 255  # [1,S,S]
+                points = (centre + turn * polygon) * 2 * image_size
+                ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in points], fill)
+        inside = np.asarray(mask.reduce(4)) / 255  # [S,S]
 
-        colour = uniform(0, 1, 3, 1, 1)
-        background = (colour + 0.5 + uniform(-0.15, 0.15, 3, 1, 1)) % 1  # far from the colour
-        slope_y, slope_x = uniform(-0.1, 0.1, 2, 3, 1, 1)
+        colour = rng.uniform(0, 1, (3, 1, 1))
+        background = (colour + 0.5 + rng.uniform(-0.15, 0.15, (3, 1, 1))) % 1  # far from the colour
+        slope_y, slope_x = rng.uniform(-0.1, 0.1, (2, 3, 1, 1))
         background = background + slope_y * axis[:, None] + slope_x * axis
-        img = torch.lerp(background, colour, inside) + 0.02 * torch.randn(
-            3, *inside.shape[1:], generator=rng
-        )
-        images[i] = (img * 255).round().clamp(0, 255)
+        img = background + (colour - background) * inside + rng.normal(0, 0.02, images[i].shape)
+        images[i] = torch.from_numpy(img * 255).round().clamp(0, 255)
     return images, labels
 
 
@@ -888,80 +876,6 @@ def read_checkpoint(path):
         raise InputError(f"cannot read {path} as a PyTorch checkpoint: {cause}") from error
 
 
-def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
-    heads, architecture = {}, {}
-    for name, part in module.named_modules():
-        if name.endswith("transformer.0.attn"):
-            heads["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
-        if name.endswith("shuffle"):
-            architecture["mask_ratio"] = part.ratio
-    kind = "MAE_ViT" if "decoder_head" in heads else "ViT_Classifier"
-    weights = dict(module.named_parameters())
-    return {"kind": kind, "model": weights, "architecture": architecture | heads}
-
-
-def architecture_of(weights):
-    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
-
-    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
-    Raises KeyError for a tensor that is not there.
-    """
-    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
-    blocks = [name for name in weights if name.endswith("norm1.weight")]
-    encoder_layer = sum(name.startswith(f"{prefix}transformer.") for name in blocks)
-    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
-    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
-    architecture = {"image_size": math.isqrt(num_patches) * patch_size, "patch_size": patch_size}
-    architecture |= {"emb_dim": emb_dim, "encoder_layer": encoder_layer}
-    if prefix:
-        architecture["decoder_layer"] = len(blocks) - encoder_layer
-        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
-    elif "head.bias" in weights:
-        architecture["num_classes"] = len(weights["head.bias"])
-    return architecture
-
-
-def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
-    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
-    return ViT_Classifier(encoder, num_classes)
-
-
-def load_model(path, kind):
-    """Read a model file -> model, its architecture, the file's whole content.
-
-    kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
-    whole module as the source pickles it, maybe within DataParallel or torch.compile's. A bare
-    state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
-    0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
-    shapes and finite values.
-    """
-    content = read_checkpoint(path)
-    with as_input_error(f"{path} does not hold the weights of {kind}", Exception):
-        if isinstance(content, InertModule):
-            content = unpack_module(content)
-        elif "fingerprint" in content:
-            raise ValueError(f"it is a run's state; its model is {path.replace('.state.', '.')}")
-        elif "model" not in content:
-            content = {"kind": kind, "model": content}
-        if content.get("kind") != kind:
-            raise ValueError(f"its kind is {content.get('kind')}")
-        weights = {}
-        for name, x in content["model"].items():
-            plain = isinstance(x, torch.Tensor) and x.is_floating_point()
-            if not plain or not x.isfinite().all():
-                raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
-            x = x.detach().float().clone(memory_format=torch.contiguous_format)
-            weights[name.replace("_orig_mod.", "").removeprefix("module.")] = x
-        # Sizes are those of the tensors, whatever the file claims.
-        claimed = {"encoder_head": 3} | content.get("architecture", {})
-        architecture = claimed | architecture_of(weights)
-        with torch.device("meta"):  # no memory: the weights are those of the file
-            model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
-        model.load_state_dict(weights, assign=True)
-    return model, architecture, content
-
-
 # ------------------------------------------------------------------------------------ pictures
 # The scripts draw with these, and write the PNG with write_file.
 
@@ -1008,39 +922,27 @@ def new_run_folder(*parts):
 
 
 class Curves:
-    """A run's TensorBoard events, written by process 0.
+    """TensorBoard events in a folder, written by process 0.
 
-    Every writer begins with purge_step: TensorBoard then drops what an interrupted run wrote from
-    that epoch on. SummaryWriter.add_scalars would not do so: several curves in a chart have a
-    writer and a folder each.
+    They begin with purge_step: TensorBoard then drops what an interrupted run wrote from that epoch
+    on. SummaryWriter.add_scalars would not do so: several curves in a chart have a folder each.
     """
 
     def __init__(self, folder):
-        self.folder, self.writers = folder, {}
-        threading.excepthook = lambda _: None  # of a writer's thread, whose errors write() raises
+        self.folder, self.writer = folder, None
+        threading.excepthook = lambda _: None  # of the writer's thread, whose errors write() raises
 
-    def write(self, epoch, scalars, images=None):
-        """Write {tag: value, or {name: value} for several curves in a chart} and {tag: [3,H,W]}.
-
-        Raises InputError if they cannot be written.
-        """
+    def write(self, epoch, scalars, images=()):
+        """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails."""
         if rank() > 0:
             return
         with as_input_error(f"cannot write {self.folder}", OSError):
+            self.writer = self.writer or SummaryWriter(self.folder, purge_step=epoch)
             for tag, value in scalars.items():
-                curves = value if isinstance(value, dict) else {"": value}
-                for name, number in curves.items():
-                    part = f"{tag.replace('/', '_')}_{name}" if name else ""
-                    self.writer(part, epoch).add_scalar(tag, number, epoch)
-            for tag, img in (images or {}).items():
-                self.writer("", epoch).add_image(tag, img, epoch)
-            for writer in self.writers.values():
-                writer.flush()
-
-    def writer(self, part, epoch):
-        if part not in self.writers:
-            self.writers[part] = SummaryWriter(f"{self.folder}/{part}", purge_step=epoch)
-        return self.writers[part]
+                self.writer.add_scalar(tag, value, epoch)
+            for tag, img in dict(images).items():
+                self.writer.add_image(tag, img, epoch)
+            self.writer.flush()
 
 
 def in_words(seconds):
@@ -1064,11 +966,8 @@ class Progress:
         values = torch.tensor(values, dtype=torch.float64)
         self.sums = to_device(values, device)
         self.host_sums = values.pin_memory() if device.type == "cuda" else values.clone()
-        hide = rank() > 0 or None  # None: unless it is a terminal
-        self.bar = tqdm(
-            desc=text, total=total, unit="img", mininterval=0.3, leave=False, disable=hide
-        )
-        self.bar.update(int(self.images_before))
+        bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
+        self.bar = tqdm(desc=text, total=total, initial=int(self.images_before), **bar)
 
     def add(self, num_images, *sums):
         """Add a micro-batch: its size, and its summed values in the order of names."""
@@ -1186,18 +1085,18 @@ class StopSignal:
 class Run:
     """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
 
-        run = Run(args, "mae-pretrain", args.model_path, model, optim, scaler, images)
-        for epoch in run.epochs():
-            for update, batch in run.updates(batches, ["loss"]):
-                train_batch(..., run.progress)  # adds its loss
-            results = run.progress.end()
-            run.curves.write(epoch, {"mae_loss": results["loss"]})
-            if run.end_epoch(save_now=...):
-                run.save({args.model_path: model_bytes(...)})
+        with start_run(args, "mae-pretrain", args.model_path, model, optim, scaler, images) as run:
+            for epoch in run.epochs():
+                for update, batch in run.updates(batches, ["loss"]):
+                    train_batch(..., run.progress)  # adds its loss
+                results = run.progress.end()
+                run.curves.write(epoch, {"mae_loss": results["loss"]})
+                if run.end_epoch(save_now=...):
+                    run.save({args.model_path: model_bytes(...)})
 
-    After a signal, `updates` or `epochs` ends the program once the state is saved. The state is
-    small because all that a run draws at random is a function of its seed, epoch and update (see
-    `generator`): weights, optimizer, two counters, the sums of the current epoch.
+    `updates` saves between updates when it is due. Told to stop by a signal, `updates` or `epochs`
+    ends the program, once the state is saved. That is small (weights, optimizer, two counters, sums
+    of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
     """
 
     def __init__(self, args, name, model_path, model, optim, scaler, images):
@@ -1210,8 +1109,8 @@ class Run:
             with as_input_error(f"{self.path} does not fit this model", Exception):
                 folder = self.restore(state)
         numbers = len(images.train_images), len(images.val_images)
-        check_same_settings(images=numbers, epoch=self.epoch, update=self.update)
-        check_same_settings(weights=checksum(*model.parameters()))
+        place = {"epoch": self.epoch, "update": self.update}
+        check_same_settings(images=numbers, **place, weights=checksum(*model.parameters()))
         if not args.resume and rank() == 0:
             keep_earlier_run(model_path)
             folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
@@ -1242,10 +1141,7 @@ class Run:
             self.stop_if_told()
 
     def updates(self, batches, names):
-        """Yield (update, batch) for what is left of the epoch; save between two when it is due.
-
-        names: of the sums to add to self.progress, beside the number of images.
-        """
+        """Yield (update, batch) for what is left of the epoch. names: of progress's sums."""
         device, total = self.optim.param_groups[0]["params"][0].device, sum(map(len, batches))
         text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
         self.progress = Progress(device, names, self.sums, text, total)
@@ -1262,10 +1158,8 @@ class Run:
         self.check_finite(self.progress.sums, scale=self.scaler.get_scale())  # of the last, too
 
     def end_epoch(self, save_now=False):
-        """Note that an epoch is done. True if the caller is to call `save` now.
-
-        Always after the last epoch, else if saving is cheap (2 % of the time since) or due.
-        """
+        """Note that an epoch is done. True if the caller is to call `save`: after the last epoch,
+        or if it is asked for, due, or cheap (2 % of the time since)."""
         self.epoch, self.update, self.sums = self.epoch + 1, 0, []
         due = self.save_is_due(min(50 * self.save_seconds, 60 * self.args.save_minutes))
         return due or save_now or self.epoch == self.args.total_epoch
@@ -1287,18 +1181,15 @@ class Run:
         sums = self.progress.read() if self.update else []
         self.check_finite(torch.tensor(sums), *self.model.parameters())
         if rank() == 0:
-            for path, content in {**dict(files), self.path: to_bytes(self.state(sums))}.items():
+            state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
+            for name in ("epoch", "update", "results", "fingerprint"):
+                state[name] = getattr(self, name)
+            for name in ("model", "optim", "scaler"):
+                state[name] = getattr(self, name).state_dict()
+            for path, content in {**dict(files), self.path: to_bytes(state)}.items():
                 write_file(path, content)
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - begin
-
-    def state(self, sums):
-        state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
-        for name in ("epoch", "update", "results", "fingerprint"):
-            state[name] = getattr(self, name)
-        for name in ("model", "optim", "scaler"):
-            state[name] = getattr(self, name).state_dict()
-        return state
 
     def check_finite(self, *tensors, scale=1.0):
         """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""

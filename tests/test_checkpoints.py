@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import classify, pretrain, read
 
+import train_classifier
 import utils
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
@@ -23,7 +24,7 @@ def tiny():
 
 
 def load_mae(path):
-    return utils.load_model(path, "MAE_ViT")
+    return train_classifier.load_model(path, "MAE_ViT")
 
 
 def same_output(model, other):
@@ -80,7 +81,7 @@ def test_classifier_that_was_compiled_in_the_middle_of_training():
     compiled = torch.compile(model, backend="eager")
     compiled(torch.zeros(2, 3, 32, 32)).sum().backward()
     torch.save(compiled, "compiled.pt")
-    loaded = utils.load_model("compiled.pt", "ViT_Classifier")[0]
+    loaded = train_classifier.load_model("compiled.pt", "ViT_Classifier")[0]
     for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -179,7 +179,7 @@ def test_linear_probe_trains_only_the_head_and_saves_a_plain_classifier():
             assert torch.equal(tensor, pretrained[f"encoder.{name}"]), name
 
     # By hand: the norm's statistics are in the head of the file.
-    model, _, _ = utils.load_model("cls.pth", "ViT_Classifier")
+    model, _, _ = train_classifier.load_model("cls.pth", "ViT_Classifier")
     dataset = utils.read_shapes(32)
     with torch.no_grad():
         val = model(utils.to_float(dataset.val_images))
@@ -221,7 +221,7 @@ def test_holdout_chooses_on_training_images_and_reports_on_test_images(capsys):
     out = capsys.readouterr().out
     assert "40 training, 20 validation" in out
     content, results = read("cls.pth"), read("cls.state.pth")["results"]
-    model, _, _ = utils.load_model("cls.pth", "ViT_Classifier")
+    model, _, _ = train_classifier.load_model("cls.pth", "ViT_Classifier")
     dataset = utils.read_shapes(32)
     with torch.no_grad():
         test = model(utils.to_float(dataset.val_images)).argmax(-1) == dataset.val_labels
@@ -415,7 +415,7 @@ def drawn(monkeypatch, module, name):
 
 def test_predict_images_without_labels(capsys, monkeypatch):
     classify("--total_epoch", "1")
-    model = utils.load_model("cls.pth", "ViT_Classifier")[0].eval()
+    model = train_classifier.load_model("cls.pth", "ViT_Classifier")[0].eval()
     images = utils.read_shapes(32).val_images[:37]
     os.makedirs("new/deep")
     for i, img in enumerate(images):
