@@ -291,11 +291,9 @@ def train_batch(
     """
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
-    tensors = batch, partners, rand, drop
     smoothing = 0.0 if rand is None else SMOOTHING * strength
-    for index, partner, rand, drop in utils.micro_batches(
-        net, micro_batch_size, images.device, *tensors
-    ):
+    inputs = utils.micro_batches(net, micro_batch_size, images.device, batch, partners, rand, drop)
+    for index, partner, rand, drop in inputs:
         img, label = utils.to_float(images[index]), labels[index]
         if rand is not None:
             rand, other_rand, mix_rand = rand.split([9, 9, 4], dim=1)

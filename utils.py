@@ -142,7 +142,7 @@ def processes():
 
     NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if "LOCAL_RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
         # Harmless: for the [1,1,C] tokens both strides mean the same layout.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with one_line_errors():
@@ -1048,8 +1048,8 @@ def keep_earlier_run(model_path):
     vit-t-mae-old-1.pth` goes on.
     """
     start, extension = os.path.splitext(model_path)
-    ours = re.compile(re.escape(start) + r"(-\d+|\.state)?\.\w+")  # -0400: of --keep_every
-    files = set(filter(ours.fullmatch, glob.glob(f"{glob.escape(start)}*")))
+    ours = re.escape(start) + rf"(-\d+|\.state)?(\.png|{re.escape(extension)})"  # -0400, too
+    files = {path for path in glob.glob(f"{glob.escape(start)}*") if re.fullmatch(ours, path)}
     with contextlib.suppress(InputError, KeyError, TypeError):  # no state, or a damaged one
         state = read_checkpoint(state_path(model_path))
         if not (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
@@ -1132,7 +1132,7 @@ class Run:
         if (self.results or self.epoch == total) and not os.path.exists(self.model_path):
             raise InputError(f"{self.model_path} is gone, which {self.path} needs: put it back")
         print_rank_0(f"resumed:   after {self.epoch} of {total} epochs, {self.update} updates")
-        return state["folder"]
+        return os.fspath(state["folder"])
 
     def epochs(self):
         """Yield the number of each epoch that is left."""

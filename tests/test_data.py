@@ -128,6 +128,28 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert (dataset.train_images == 30000 // 257).all()
 
 
+def test_thirty_two_bit_grey_does_not_wrap(tmp_path):
+    grey = np.linspace(0, 2**24, 1600).astype(np.int32).reshape(40, 40)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    dataset = load("folder", tmp_path, need_classes=False, image_size=40)
+    pixels = dataset.train_images[0, 0].flatten().int()
+    assert pixels[0] == 0 and pixels[-1] >= 254 and (pixels.diff() >= 0).all()
+
+
+def test_only_the_shapes_that_are_asked_for_are_drawn(monkeypatch):
+    drawn = []
+
+    def draw(numbers, image_size, seed):
+        drawn.append(len(numbers))
+        return torch.zeros(len(numbers), 3, 2, 2), torch.zeros(len(numbers))
+
+    monkeypatch.setattr(utils, "draw_shapes", draw)
+    load("shapes", image_size=224, train_images=20)
+    assert drawn == [20, 1000]
+    with pytest.raises(utils.InputError, match="11,000 images of 99999x99999 take"):
+        load("shapes", image_size=99999)
+
+
 def test_validation_images_alone_are_not_trained_on(tmp_path):
     save_image(tmp_path / "val" / "a" / "1.png")
     with pytest.raises(utils.InputError, match="needs .*/train/"):

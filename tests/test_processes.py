@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -402,6 +403,15 @@ def kill(job):
 
 
 LONG = [*SCRIPTS["mae_pretrain"], "--total_epoch", "100000", "--save_minutes", "0.001"]
+
+
+@pytest.mark.parametrize("flags", [["--dataset", "folder"], ["--batch_size", "x"]])
+def test_torchrun_prints_an_error_of_all_processes_once(flags):
+    job = torchrun("job", ["--standalone", "--nproc_per_node=3"], *flags)
+    assert job.wait(timeout=100) != 0
+    with open("job/output") as file:
+        lines = [line for line in file if re.match(r"(mae_pretrain.py: )?error: ", line)]
+    assert len(lines) == 1 and re.search("no folder data|invalid int value: 'x'", lines[0])
 
 
 def test_a_killed_rank_ends_the_job_which_can_be_resumed():

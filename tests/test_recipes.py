@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -192,6 +193,14 @@ def test_linear_probe_trains_only_the_head_and_saves_a_plain_classifier():
     for other in (["--augment"], ["--drop_path", "0.1"], ["--layer_decay", "0.5"]):
         with pytest.raises(utils.InputError, match="--linear_probe"):
             classify(*flags, *other)
+
+
+def test_a_linear_probe_of_one_image():
+    pretrain("--total_epoch", "1")
+    flags = ["--pretrained_model_path", "vit-t-mae.pth", "--linear_probe", "--train_images", "1"]
+    classify(*flags)
+    weights = read("cls.pth")["model"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_stopped_linear_probe_goes_on_with_the_pretrained_features(monkeypatch):
@@ -465,6 +474,21 @@ def test_eval_takes_the_dataset_of_the_file(capsys):
     assert os.path.isdir("logs/folder/again")
     with pytest.raises(utils.InputError, match="the dataset has"):
         evaluate("--eval", "cls.pth", "--dataset", "shapes")
+
+
+def test_eval_needs_no_training_images(capsys):
+    for part, classes in (("train", "abc"), ("val", "ac")):
+        for name in classes:
+            os.makedirs(f"mine/{part}/{name}")
+            Image.new("RGB", (32, 32), "red").save(f"mine/{part}/{name}/1.png")
+    classify("--dataset", "folder", "--data_path", "mine", "--train_images", "3")
+    evaluate("--eval", "cls.pth")
+    lines = [x for x in capsys.readouterr().out.splitlines() if re.match("[abc]: |accuracy on", x)]
+    shutil.rmtree("mine/train")
+    evaluate("--eval", "cls.pth")
+    out = capsys.readouterr().out
+    assert lines[-4:] == [x for x in out.splitlines() if re.match("[abc]: |accuracy on", x)]
+    assert "cls-confusion-2.png, cls-predictions-2.png" in out  # nothing is overwritten
 
 
 def test_eval_does_not_download_to_a_path_of_another_computer(monkeypatch):

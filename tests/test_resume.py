@@ -568,6 +568,36 @@ def test_loss_that_is_not_finite_stops_the_run_at_once(device, monkeypatch):
     assert len(seen) == 2 or (device == "cuda" and len(seen) == 3)
 
 
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_results_that_are_not_finite_are_not_saved(script, monkeypatch):
+    """The loss of the training images is finite, that of the others is not, nor a picture."""
+    name = "vit-t-mae" if script is pretrain else "cls"
+    nan = {"loss": float("nan"), "acc": 0.5}
+    monkeypatch.setattr(train_classifier, "evaluate", lambda *_: nan)
+    picture = torch.full((3, 64, 96), float("nan"))
+    monkeypatch.setattr(mae_pretrain, "reconstruction_grid", lambda *_: picture)
+    with pytest.raises(utils.InputError, match="not finite after 0 epochs, 3 updates"):
+        script()
+    assert not os.path.exists(f"{name}.pth") and read(f"{name}.state.pth")["epoch"] == 0
+
+
+@pytest.mark.parametrize("script", [pretrain, classify])
+def test_states_that_lack_something_or_hold_something_else_are_refused(script):
+    name = "vit-t-mae" if script is pretrain else "cls"
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 4):
+        script()
+    good = read(f"{name}.state.pth")
+    for key in good:
+        changes = [{k: x for k, x in good.items() if k != key}]
+        changes += [good | {key: x} for x in (None, "text", 7, [good], {"a": 1})]
+        for state in changes:
+            torch.save(state, f"{name}.state.pth")
+            try:  # some are as good, such as another folder
+                script("--resume")
+            except utils.InputError as error:
+                assert f"{name}.state.pth" in str(error)
+
+
 def test_state_under_another_name_is_the_one_that_goes_on():
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 2):
         pretrain("--model_path", "a.pth")

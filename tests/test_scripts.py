@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -632,6 +633,44 @@ def test_too_little_memory_is_one_line(flags, message, device):
     with open("errors") as file:
         line = file.read()
     assert status == 1 and message in line and len(line.splitlines()) == 1, line
+
+
+def test_closed_standard_output():
+    command = (
+        f"{sys.executable} {REPOSITORY}/mae_pretrain.py {' '.join(PRETRAIN)} --total_epoch 1 >&-"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and read("vit-t-mae.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain.py", "train_classifier.py"])
+@pytest.mark.parametrize("seconds", [0.3, 1])
+def test_ctrl_c_during_the_imports_prints_nothing(script, seconds):
+    command = [sys.executable, os.path.join(REPOSITORY, script)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == b"" and process.returncode == -signal.SIGINT
+
+
+def test_python_shows_the_traceback_of_an_error_if_asked():
+    for flags, shown in (([], False), (["-X", "dev"], True)):
+        command = [sys.executable, *flags, f"{REPOSITORY}/mae_pretrain.py", "--dataset", "folder"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == shown
+
+
+@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
+def test_the_demo_twice(script):
+    path = "model_path" if script is mae_pretrain else "output_model_path"
+    flags = ["--demo", "--train_images", "60", "--total_epoch", "1", "--warmup_epoch", "0"]
+    for _ in range(2):
+        script.main(script.get_args(flags))
+    start = os.path.splitext(script.DEMO[path])[0]
+    ends = [".pth", ".png"][: 2 if script is mae_pretrain else 1]
+    assert all(os.path.exists(f"{start}{old}{end}") for old in ("", "-old-1") for end in ends)
+    script.main(script.get_args(["--demo", "--resume"]))
+    assert not os.path.exists(f"{start}-old-2.pth")
 
 
 def test_an_error_of_ours_keeps_its_traceback():
