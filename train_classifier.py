@@ -171,9 +171,7 @@ def make_encoder(args):
     asked = {name: getattr(args, name) for name in ENCODER if getattr(args, name)}
     for name, value in asked.items():
         if path and value != sizes[name]:
-            raise utils.InputError(
-                f"--{name} {value} does not fit {path}, whose {name} is {sizes[name]}"
-            )
+            raise utils.InputError(f"--{name} {value} does not fit {path}: it has {sizes[name]}")
     sizes = {name: sizes[name] for name in ENCODER} | asked
     new = args.from_scratch or not path
     return MAE_Encoder(*sizes.values()) if new else mae.encoder, sizes
@@ -448,7 +446,9 @@ def classify(model, images, devices, args):
         blocks=blocks_of(model), num_images=0,
     )  # fmt: skip
     utils.print_settings("chosen", settings)
-    return predict(net, images, micro_batch_size).cpu()
+    logits = predict(net, images, micro_batch_size).cpu()
+    torch.set_num_threads(utils.THREADS)  # a notebook goes on
+    return logits
 
 
 def predict_files(args):
@@ -559,10 +559,8 @@ def report(args, results, num_test):
     if args.holdout:
         chosen = f"{args.holdout:,} training images held out, on those {best['acc']:.2%}"
         kind, key = "test", "test_acc"
-    return (
-        f"accuracy on {num_test:,} {kind} images: best {best[key]:.2%} (epoch {best['epoch']}, "
-        f"chosen on {chosen}), last {last[key]:.2%}; model of the best epoch"
-    )
+    text = f"accuracy on {num_test:,} {kind} images: best {best[key]:.2%} (epoch {best['epoch']}, "
+    return f"{text}chosen on {chosen}), last {last[key]:.2%}; model of the best epoch"
 
 
 def main(args):

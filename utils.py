@@ -629,6 +629,11 @@ def choose_precision(name, devices):
     return "fp32"
 
 
+def widest(blocks):
+    """Patches x width of the block that has most of it."""
+    return max((tokens - 1) * width for tokens, width in blocks)
+
+
 def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
     """Images of a micro-batch on each device: as few and as equal ones as memory allows.
 
@@ -643,11 +648,6 @@ def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
         fitting = max(1, int(0.6 * free_bytes / image_bytes))
         largest = min(limit or 1024, 1024, 2 ** int(math.log2(fitting)))
     return math.ceil(share / math.ceil(share / largest))
-
-
-def widest(blocks):
-    """Patches x width of the block that has most of it."""
-    return max((tokens - 1) * width for tokens, width in blocks)
 
 
 THREADS = torch.get_num_threads()
@@ -696,6 +696,36 @@ class Accelerated(torch.nn.Module):
         return (self.compiled if len(inputs[0]) == self.compiled_size else self.run)(*inputs)
 
 
+def try_micro_batch(net, accelerated, example, size, n, must_compile):
+    """-> the size, halved until a trial pass, of n * size images, fits in every process. What then
+    does not compile runs uncompiled, with a warning, or is an InputError if it must.
+    """
+
+    def trial():  # changes nothing; what it has allocated is freed, even if it fails
+        with memory_for(), torch.set_grad_enabled(accelerated.module.training):
+            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
+            if output.requires_grad:
+                torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+
+    while size > 1:
+        with contextlib.suppress(InputError):
+            trial()
+            break
+        size //= 2
+        torch.cuda.empty_cache()
+    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
+    if accelerated.compiled:
+        accelerated.compiled_size = size
+        try:
+            trial()
+        except Exception as error:  # no compiler, an old GPU, Windows, ...
+            if must_compile:
+                raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
+            print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
+            accelerated.compiled_size = None
+    return size
+
+
 def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=128):
     """Make a module, and the process, ready for training or, in eval mode, for evaluation.
 
@@ -731,34 +761,11 @@ def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=
     return net, size * n, settings | {"micro-batch": size}
 
 
-def try_micro_batch(net, accelerated, example, size, n, must_compile):
-    """-> the size, halved until a trial pass, of n * size images, fits in every process. What then
-    does not compile runs uncompiled, with a warning, or is an InputError if it must.
-    """
-
-    def trial():  # changes nothing; what it has allocated is freed, even if it fails
-        with memory_for(), torch.set_grad_enabled(accelerated.module.training):
-            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
-            if output.requires_grad:
-                torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
-
-    while size > 1:
-        with contextlib.suppress(InputError):
-            trial()
-            break
-        size //= 2
-        torch.cuda.empty_cache()
-    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
-    if accelerated.compiled:
-        accelerated.compiled_size = size
-        try:
-            trial()
-        except Exception as error:  # no compiler, an old GPU, Windows, ...
-            if must_compile:
-                raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
-            print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
-            accelerated.compiled_size = None
-    return size
+def to_device(tensor, device):
+    """Copy to the device without making the host wait for what the device is still doing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def micro_batches(net, micro_batch_size, device, *tensors):
@@ -778,13 +785,6 @@ def micro_batches(net, micro_batch_size, device, *tensors):
         with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
             yield micro_batch
     yield last
-
-
-def to_device(tensor, device):
-    """Copy to the device without making the host wait for what the device is still doing."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------- model files
@@ -930,7 +930,6 @@ class Curves:
 
     def __init__(self, folder):
         self.folder, self.writer = folder, None
-        threading.excepthook = lambda _: None  # of the writer's thread, whose errors write() raises
 
     def write(self, epoch, scalars, images=()):
         """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails."""
@@ -1039,6 +1038,30 @@ def kept_paths(model_path, epoch, keep_every):
     """After an epoch that --keep_every names, ["vit-t-mae-0400.pth"], else []."""
     start, extension = os.path.splitext(model_path)
     return [f"{start}-{epoch:04}{extension}"] if keep_every and epoch % keep_every == 0 else []
+
+
+def resume_args(parser, argv, output):
+    """The arguments of the run whose state lies beside the model file, changed as argv asks.
+
+    output: the name of the model file's flag. Raises InputError if there is no such run, or naming
+    what in argv would change its result.
+    """
+    defaults, model_path = vars(parser.parse_args([])), getattr(parser.parse_args(argv), output)
+    path = state_path(model_path)
+    if not os.path.isfile(path):
+        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+    state = read_checkpoint(path)
+    with as_input_error(f"{path} is not a state of this version", Exception):
+        # Flags may be newer than the state. That of a script of long ago has no fingerprint.
+        saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
+    if saved.keys() - defaults.keys():
+        raise InputError(f"{path} is of another version of this script, or of another script")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    changed = {name for name, value in vars(args).items() if value != saved[name]} - FREE_FLAGS
+    if changed:
+        text = ", ".join(f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed))
+        raise InputError(f"the run of {path} cannot go on with {text}")
+    return args
 
 
 def keep_earlier_run(model_path):
@@ -1211,16 +1234,17 @@ class Run:
 
 @contextlib.contextmanager
 def start_run(args, name, model_path, *content):
-    """A Run which has its model file to itself; then signals, threads and hooks are as before.
+    """A Run that has its model file to itself. After it, signals, threads and hook are as before.
 
-    Raises InputError if another run writes this model file. The system gives the lock back however
-    a process dies; Windows and some file systems have none.
+    Raises InputError if another run is writing this model file. The system gives the lock back
+    however a process dies; Windows and some file systems have none.
     """
     path = f"{state_path(model_path)}.lock"
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.getsignal(number))
         stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = lambda _: None  # of Curves' thread: its errors are raised by write
         stack.callback(torch.set_num_threads, THREADS)
         if rank() == 0:
             with as_input_error(f"cannot write {path}", OSError):
@@ -1231,27 +1255,3 @@ def start_run(args, name, model_path, *content):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(remove, path)
         yield Run(args, name, model_path, *content)
-
-
-def resume_args(parser, argv, output):
-    """The arguments of the run whose state lies beside the model file, changed as argv asks.
-
-    output: the name of the model file's flag. Raises InputError if there is no such run, or naming
-    what in argv would change its result.
-    """
-    defaults, model_path = vars(parser.parse_args([])), getattr(parser.parse_args(argv), output)
-    path = state_path(model_path)
-    if not os.path.isfile(path):
-        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
-    state = read_checkpoint(path)
-    with as_input_error(f"{path} is not a state of this version", Exception):
-        # Flags may be newer than the state. That of a script of long ago has no fingerprint.
-        saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
-    if saved.keys() - defaults.keys():
-        raise InputError(f"{path} is of another version of this script, or of another script")
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    changed = {name for name, value in vars(args).items() if value != saved[name]} - FREE_FLAGS
-    if changed:
-        text = [f"--{name} {getattr(args, name)} (it has {saved[name]})" for name in changed]
-        raise InputError(f"the run of {path} cannot go on with {', '.join(text)}")
-    return args

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -263,7 +264,9 @@ def test_eval_shows_accuracy_by_class_and_the_confusion_matrix(capsys):
     classify()
     acc = read("cls.pth")["metrics"]["val"]["acc"]
     capsys.readouterr()
+    process = torch.get_num_threads(), threading.excepthook
     evaluate("--eval", "cls.pth", "--dataset", "shapes")
+    assert process == (torch.get_num_threads(), threading.excepthook)
     lines = capsys.readouterr().out.splitlines()
     assert f"accuracy on 37 validation images: {acc:.2%}" in lines[-2]
     labels = utils.read_shapes(32).val_labels

@@ -324,19 +324,6 @@ def test_a_new_run_overwrites_nothing(script, capsys):
     assert os.path.exists(f"{name}-old-2-0002.pth") and kept.items() <= stored(name).items()
 
 
-def test_nothing_is_lost_where_files_cannot_be_linked(monkeypatch):
-    pretrain()
-    first = stored("vit-t-mae")
-
-    def no_links(*_):
-        raise PermissionError("this file system has none")
-
-    monkeypatch.setattr(os, "link", no_links)
-    pretrain("--seed", "1")
-    for end in (".pth", ".png"):
-        assert stored("vit-t-mae")[f"vit-t-mae-old-1{end}"] == first[f"vit-t-mae{end}"]
-
-
 def test_a_classifier_in_the_place_of_its_pretrained_model():
     pretrain("--model_path", "p.pth")
     first = stored("p")
