@@ -241,11 +241,11 @@ def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, prog
     optim.zero_grad(set_to_none=True)
     weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
     inputs = utils.micro_batches(net, micro_batch_size, images.device, batch, noise, crop)
-    for index, noise, crop in inputs:
+    for index, own_noise, own_crop in inputs:
         img = images[index]
         if crop is not None:
-            img = random_resized_crop(utils.to_float(img), crop)
-        loss = net(img, noise)  # [b]
+            img = random_resized_crop(utils.to_float(img), own_crop)
+        loss = net(img, own_noise)  # [b]
         scaler.scale(loss.sum() * weight).backward()
         progress.add(len(index), loss.detach().sum())
     scaler.step(optim)
@@ -273,13 +273,13 @@ def main(args):
     dataset = utils.load_dataset(args, device, need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
 
-    target = args.patch_size, args.norm_pix_loss
-    loss = MAELoss(model, *target)
+    pixels = args.patch_size, args.norm_pix_loss
+    mae_loss = MAELoss(model, *pixels)
     img = utils.to_float(images[:1]) if args.augment else images[:1]
     blocks = [(1 + num_visible, args.emb_dim)] * args.encoder_layer
     blocks += [(1 + num_patches, decoder_dim)] * args.decoder_layer
     net, micro_batch_size, settings = utils.prepare_model(
-        loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
+        mae_loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
         blocks=blocks, num_images=args.total_epoch * num_images,
     )  # fmt: skip
     optim = torch.optim.AdamW(
@@ -311,7 +311,7 @@ def main(args):
             results = run.progress.end()
 
             model.eval()
-            grid = reconstruction_grid(model, shown, shown_noise, *target)
+            grid = reconstruction_grid(model, shown, shown_noise, *pixels)
             run.check_finite(grid)
             left = run.progress.time_left(args.total_epoch - epoch - 1)
             scalars = {

@@ -179,7 +179,7 @@ def check_same_settings(**settings):
 
 
 # -------------------------------------------------------------------------------- command line
-# Called by get_args, as is resume_args at the end of this file.
+# Called by get_args, as is resume_args in the last part of this file.
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -283,7 +283,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     parser.set_defaults(**defaults)
 # fmt: on
 
-# These change no result: they may differ between processes, and when a run is resumed.
+# These change a result by rounding only: they may differ when a run is resumed.
 FREE_FLAGS = {
     "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
     "model_path", "output_model_path", "precision", "resume", "save_minutes",
@@ -330,7 +330,7 @@ def set_learning_rate(optim, epoch, args):
 
 
 # -------------------------------------------------------------------------------------- images
-# main downloads what is missing and reads all images into one tensor on the training device.
+# main downloads what is missing, and reads all images into the memory of the training device.
 
 
 # Images in memory, uint8 [N,3,H,W], with labels int64 [N], and the names of the classes.
@@ -586,7 +586,7 @@ def load_dataset(args, device, need_classes=True):
 
 
 # ------------------------------------------------------------------------ device and precision
-# Where and how the model runs: main calls choose_devices and prepare_model, then micro_batches.
+# Where and how the model runs: for main choose_devices and prepare_model, then micro_batches.
 
 
 def choose_devices(name):
@@ -635,7 +635,7 @@ def widest(blocks):
 
 
 def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
-    """Images of a micro-batch on each device: as few and as equal ones as memory allows.
+    """Images of a micro-batch on each device: as few and equal ones as speed and memory allow.
 
     share: images of a batch for each device. limit: may be None on a GPU. blocks: (tokens of an
     image, their width) for each Transformer block. free_bytes: a GPU's memory; None for a CPU.
@@ -643,7 +643,7 @@ def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
     if free_bytes is None:  # in fp32 more activations are no faster there
         most = 3 * 2**20 // widest(blocks) if precision == "fp32" else limit
         largest = max(1, min(limit, most))
-    else:  # a power of two divides most batches evenly, and only one size is compiled
+    else:  # a power of two leaves most batches no rest, which would not be compiled
         image_bytes = (70 if precision == "fp32" else 40) * sum(t * w for t, w in blocks)
         fitting = max(1, int(0.6 * free_bytes / image_bytes))
         largest = min(limit or 1024, 1024, 2 ** int(math.log2(fitting)))
@@ -730,9 +730,9 @@ def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=
     """Make a module, and the process, ready for training or, in eval mode, for evaluation.
 
     Moves it in place: its own state_dict, without any prefix, is the one to save. Wraps it for
-    autocast, torch.compile, DDP or DataParallel, and tries a micro-batch. example: inputs for an
-    image, [1,...] each. blocks, cpu_limit: of the micro-batch. num_images: of all epochs.
-    -> what to call, images of a micro-batch on all devices, {"device", "precision", ...}.
+    autocast, torch.compile, DDP or DataParallel, and tries a micro-batch, on a GPU or compiled.
+    example: inputs for an image, [1,...] each. blocks, cpu_limit: for choose_micro_batch_size.
+    num_images: of all epochs. -> what to call, images of a micro-batch on all devices, settings.
     """
     device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
     on_gpu = device.type == "cuda"
@@ -979,18 +979,18 @@ class Progress:
         return {name: x / max(num_images, 1) for name, x in zip(self.names, sums, strict=True)}
 
     def end_update(self):
-        """Show the means in the bar. A GPU is not waited for: its sums may come an update late."""
+        """Copy the sums to host_sums, and show their means. A GPU's may come an update late."""
         self.host_sums.copy_(self.sums, non_blocking=True)
         self.bar.set_postfix(self.means(*self.host_sums.tolist()), refresh=False)
 
-    def read(self):
+    def sum_over_processes(self):
         """The sums over all processes."""
         return reduce_over_processes(self.sums.clone()).tolist()
 
     def end(self):
         """Close the bar -> the means over all processes. Also sets per_second."""
         self.bar.close()
-        sums = self.read()
+        sums = self.sum_over_processes()
         self.per_second = (sums[0] - self.images_before) / (time.perf_counter() - self.start)
         return self.means(*sums)
 
@@ -1005,9 +1005,9 @@ def print_settings(title, settings):
     print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in settings.items())}")
 
 
-def describe_run(args, settings, model, images, folder):
+def describe_run(args, settings, model, dataset, folder):
     """Print once what this run is, beside its arguments."""
-    n, num_val = len(images.train_images), len(images.val_images)
+    n, num_val = len(dataset.train_images), len(dataset.val_images)
     if args.warmup_epoch >= args.total_epoch and not args.resume:
         epochs = args.total_epoch // 10
         print_rank_0(f"warning: warm-up takes the whole run: try --warmup_epoch {epochs}")
@@ -1067,8 +1067,7 @@ def resume_args(parser, argv, output):
 def keep_earlier_run(model_path):
     """Copy the files of an earlier run, to vit-t-mae-old-1.pth and so on: a new run replaces them.
 
-    Not the state of a finished run; with that of another `--resume --model_path
-    vit-t-mae-old-1.pth` goes on.
+    The state only if something is left to do: `--resume --model_path vit-t-mae-old-1.pth` does it.
     """
     start, extension = os.path.splitext(model_path)
     ours = re.escape(start) + rf"(-\d+|\.state)?(\.png|{re.escape(extension)})"  # -0400, too
@@ -1108,7 +1107,7 @@ class StopSignal:
 class Run:
     """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
 
-        with start_run(args, "mae-pretrain", args.model_path, model, optim, scaler, images) as run:
+        with start_run(args, "mae-pretrain", args.model_path, model, optim, scaler, dataset) as run:
             for epoch in run.epochs():
                 for update, batch in run.updates(batches, ["loss"]):
                     train_batch(..., run.progress)  # adds its loss
@@ -1122,22 +1121,22 @@ class Run:
     of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
     """
 
-    def __init__(self, args, name, model_path, model, optim, scaler, images):
-        self.args, self.model_path, self.path = args, model_path, state_path(model_path)
+    def __init__(self, args, name, model_path, model, optim, scaler, dataset):
+        self.args, self.model_path, self.state_file = args, model_path, state_path(model_path)
         self.model, self.optim, self.scaler = model, optim, scaler
-        self.fingerprint, folder = checksum(*images[:4]), None
+        self.fingerprint, folder = checksum(*dataset[:4]), None
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
         if args.resume:
-            state = read_checkpoint(self.path)
-            with as_input_error(f"{self.path} does not fit this model", Exception):
+            state = read_checkpoint(self.state_file)
+            with as_input_error(f"{self.state_file} does not fit this model", Exception):
                 folder = self.restore(state)
-        numbers = len(images.train_images), len(images.val_images)
+        numbers = len(dataset.train_images), len(dataset.val_images)
         place = {"epoch": self.epoch, "update": self.update}
         check_same_settings(images=numbers, **place, weights=checksum(*model.parameters()))
         if not args.resume and rank() == 0:
             keep_earlier_run(model_path)
             folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
-        self.curves, self.signal, self.stop_signal = Curves(folder), StopSignal(), 0
+        self.curves, self.signal, self.agreed_signal = Curves(folder), StopSignal(), 0
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         if not args.resume:
             self.save()
@@ -1145,7 +1144,7 @@ class Run:
     def restore(self, state):
         """Take up the saved run -> its curves' folder. Raises an error if it does not fit."""
         if rank() == 0 and state["fingerprint"] != self.fingerprint:
-            raise InputError(f"these are not the images with which the run of {self.path} began")
+            raise InputError(f"these are not the images of the run of {self.state_file}")
         self.model.load_state_dict(state["model"])
         self.optim.load_state_dict(state["optim"])
         self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
@@ -1153,7 +1152,7 @@ class Run:
         self.sums, self.results = [float(x) for x in state["sums"]], dict(state["results"])
         total = self.args.total_epoch
         if (self.results or self.epoch == total) and not os.path.exists(self.model_path):
-            raise InputError(f"{self.model_path} is gone, which {self.path} needs: put it back")
+            raise InputError(f"{self.model_path} is gone: put it back beside {self.state_file}")
         print_rank_0(f"resumed:   after {self.epoch} of {total} epochs, {self.update} updates")
         return os.fspath(state["folder"])
 
@@ -1175,7 +1174,7 @@ class Run:
             self.update = update + 1
             self.progress.end_update()
             self.check_finite(self.progress.host_sums)
-            if self.save_is_due(60 * self.args.save_minutes):
+            if self.agree_to_save(60 * self.args.save_minutes):
                 self.save()
                 self.stop_if_told()
         self.check_finite(self.progress.sums, scale=self.scaler.get_scale())  # of the last, too
@@ -1184,15 +1183,15 @@ class Run:
         """Note that an epoch is done. True if the caller is to call `save`: after the last epoch,
         or if it is asked for, due, or cheap (2 % of the time since)."""
         self.epoch, self.update, self.sums = self.epoch + 1, 0, []
-        due = self.save_is_due(min(50 * self.save_seconds, 60 * self.args.save_minutes))
+        due = self.agree_to_save(min(50 * self.save_seconds, 60 * self.args.save_minutes))
         return due or save_now or self.epoch == self.args.total_epoch
 
-    def save_is_due(self, seconds):
-        """Whether process 0 last saved that many seconds ago, or any process was told to stop."""
+    def agree_to_save(self, seconds):
+        """Whether process 0 saved that long ago, or a signal came; all processes call it."""
         overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
         # The one exchange of an update besides gradients, through gloo: no GPU is waited for.
         both = reduce_over_processes(torch.tensor([self.signal.number, overdue]), dist.ReduceOp.MAX)
-        self.stop_signal = both[0].item()
+        self.agreed_signal = both[0].item()
         return bool(both.any())
 
     def save(self, files=()):
@@ -1201,7 +1200,7 @@ class Run:
         Raises InputError on divergence, or if a file cannot be written: the state before stays.
         """
         begin = time.perf_counter()
-        sums = self.progress.read() if self.update else []
+        sums = self.progress.sum_over_processes() if self.update else []
         self.check_finite(torch.tensor(sums), *self.model.parameters())
         if rank() == 0:
             state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
@@ -1209,7 +1208,7 @@ class Run:
                 state[name] = getattr(self, name)
             for name in ("model", "optim", "scaler"):
                 state[name] = getattr(self, name).state_dict()
-            for path, content in {**dict(files), self.path: to_bytes(state)}.items():
+            for path, content in {**dict(files), self.state_file: to_bytes(state)}.items():
                 write_file(path, content)
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - begin
@@ -1224,12 +1223,12 @@ class Run:
 
     def stop_if_told(self):
         """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
-        if self.stop_signal:
+        if self.agreed_signal:
             command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
             start = "python" if world_size() == 1 else "torchrun ..."
             print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; to go on:")
             print_rank_0(f"    {start} {command}")
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + self.agreed_signal)
 
 
 @contextlib.contextmanager
