@@ -565,7 +565,8 @@ def read_shapes(image_size, num_train=None):
     """10,000 drawn images to train on, or num_train of these, and 1,000 others -> ImageSet."""
     keep = stratified_subset(torch.arange(10_000) % len(SHAPES), num_train)
     check_memory(len(keep) + 1_000, image_size)
-    train, val = draw_shapes(keep, image_size, 0), draw_shapes(range(1_000), image_size, 1)
+    others = torch.randperm(1_000, generator=generator("shapes"))  # so that 16 show many kinds
+    train, val = draw_shapes(keep, image_size, 0), draw_shapes(others, image_size, 1)
     return ImageSet(*train, *val, list(SHAPES))
 
 
