@@ -11,8 +11,9 @@ PNG. The last command does not train: it shows how the trained model reconstruct
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the program, without a traceback
+if __name__ == "__main__" and "IPython" not in sys.modules:  # Ctrl-C ends the imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse

@@ -14,8 +14,9 @@ from scratch, 63 % from the pretrained encoder (see tests/RESULTS.md).
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the program, without a traceback
+if __name__ == "__main__" and "IPython" not in sys.modules:  # Ctrl-C ends the imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -79,23 +80,22 @@ def get_args(argv=None):
         base_learning_rate=1e-3, weight_decay=0.05, total_epoch=100,
         warmup_epoch=5, output_model_path="vit-t-classifier-from_scratch.pth")
     # fmt: on
+    if parser.parse_known_args(argv)[0].eval:
+        parser.set_defaults(dataset=None, data_path=None)  # evaluate_file takes those of the file
     args = parser.parse_args(argv)
-    if args.eval:  # evaluate_file takes those of the file
-        return parser.parse_args(argv, argparse.Namespace(dataset=None, data_path=None))
     return utils.resume_args(parser, argv, "output_model_path") if args.resume else args
 
 
 def unpack_module(module):
     """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
-    heads, architecture = {}, {}
+    architecture = {}
     for name, part in module.named_modules():
         if name.endswith("transformer.0.attn"):
-            heads["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
+            architecture["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
         if name.endswith("shuffle"):
             architecture["mask_ratio"] = part.ratio
-    kind = "MAE_ViT" if "decoder_head" in heads else "ViT_Classifier"
-    weights = dict(module.named_parameters())
-    return {"kind": kind, "model": weights, "architecture": architecture | heads}
+    kind = "MAE_ViT" if "decoder_head" in architecture else "ViT_Classifier"
+    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
 
 
 def architecture_of(weights):
@@ -485,14 +485,12 @@ def evaluate_file(args):
     args.data_path = args.data_path or (path if os.path.isdir(path) else "data")
     utils.download(args)
     dataset = utils.load_dataset(args, devices[0])
-    k = architecture["num_classes"]
-    classes = content.get("classes") or dataset.classes  # the source's files do not name them
-    if [x for x in classes if x in dataset.classes] != dataset.classes or k != len(classes):
-        raise utils.InputError(
-            f"{args.eval} knows {k} classes, {classes}; the dataset has {dataset.classes}"
-        )
+    k, found = architecture["num_classes"], dataset.classes
+    classes = content.get("classes") or found  # the source's files do not name them
+    if [name for name in classes if name in found] != found or k != len(classes):
+        raise utils.InputError(f"{args.eval} has classes {classes}, the dataset has {found}")
     images = dataset.val_images
-    true = torch.tensor([classes.index(x) for x in dataset.classes])[dataset.val_labels.cpu()]
+    true = torch.tensor([classes.index(name) for name in found])[dataset.val_labels.cpu()]
     logits = classify(model, images, devices, args)
     loss, predicted = cross_entropy(logits.double(), true).item(), logits.argmax(-1)
     counts = (true * k + predicted).bincount(minlength=k * k).view(k, k)  # [i, j]: i taken for j
@@ -502,9 +500,8 @@ def evaluate_file(args):
         utils.print_rank_0(f"{name}: {counts[i, i] / max(n, 1):.2%} of {n:,}")
     utils.print_rank_0(f"accuracy on {len(images):,} validation images: {acc:.2%}, loss {loss:.4f}")
     if utils.rank() == 0:
-        confusion = draw_confusion(counts, classes)
-        predictions = draw_predictions(images, true, predicted, classes)
-        pictures = {"cls/confusion": confusion, "cls/predictions": predictions}
+        pictures = {"cls/confusion": draw_confusion(counts, classes)}
+        pictures["cls/predictions"] = draw_predictions(images, true, predicted, classes)
         png_paths = [utils.free_path(f"{start}-{tag[4:]}.png") for tag in pictures]
         for path, img in zip(png_paths, pictures.values(), strict=True):
             utils.write_file(path, utils.png_bytes(img))
@@ -540,10 +537,10 @@ def to_timm(model):
     weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
     sizes = architecture_of(state_dict)
     arguments = {"img_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
-    arguments |= {"embed_dim": sizes["emb_dim"], "depth": sizes["encoder_layer"]}
-    arguments |= {"num_heads": model.transformer[0].attn.num_heads, "qkv_bias": False}
-    arguments |= {"no_embed_class": True, "norm_layer": torch.nn.LayerNorm}
-    return weights, arguments | {"num_classes": sizes.get("num_classes", 0)}
+    arguments |= {"embed_dim": sizes["emb_dim"], "depth": sizes["encoder_layer"], "qkv_bias": False}
+    arguments |= {"num_heads": model.transformer[0].attn.num_heads, "no_embed_class": True}
+    num_classes = sizes.get("num_classes", 0)
+    return weights, arguments | {"num_classes": num_classes, "norm_layer": torch.nn.LayerNorm}
 
 
 def open_charts(folder):

@@ -5,7 +5,6 @@ last the run, which can be stopped anywhere and goes on to the same result.
 """
 
 import argparse
-import collections
 import contextlib
 import ctypes
 import difflib
@@ -27,6 +26,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def memory_for(what="a micro-batch", remedy="--max_device_batch_size or the size
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "MemoryError" in repr(error) or "DefaultCPUAllocator" in str(error):
+        if re.search("MemoryError|DefaultCPUAllocator|out of memory", repr(error)):
             raise InputError(f"{what} does not fit into memory: lower {remedy}") from error
         raise
 
@@ -122,7 +122,8 @@ def one_line_errors():
     `python -X dev` shows the traceback instead.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # it may have been closed
-    sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # a notebook's prints every character anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with memory_for():
             yield
@@ -142,7 +143,7 @@ def processes():
 
     NCCL for CUDA tensors, gloo for CPU tensors. Process 0 alone prints and writes files.
     """
-    if "LOCAL_RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+    if "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         # Harmless: for the [1,1,C] tokens both strides mean the same layout.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with one_line_errors():
@@ -334,8 +335,7 @@ def set_learning_rate(optim, epoch, args):
 
 
 # Images in memory, uint8 [N,3,H,W], with labels int64 [N], and the names of the classes.
-FIELDS = "train_images train_labels val_images val_labels classes"
-ImageSet = collections.namedtuple("ImageSet", FIELDS)
+ImageSet = namedtuple("ImageSet", "train_images train_labels val_images val_labels classes")
 
 
 def checksum(*tensors):
@@ -1070,15 +1070,17 @@ def keep_earlier_run(model_path):
 
     The state only if something is left to do: `--resume --model_path vit-t-mae-old-1.pth` does it.
     """
+    model_path = os.path.normpath(model_path)  # as glob returns it
     start, extension = os.path.splitext(model_path)
     ours = re.escape(start) + rf"(-\d+|\.state)?(\.png|{re.escape(extension)})"  # -0400, too
-    files = {path for path in glob.glob(f"{glob.escape(start)}*") if re.fullmatch(ours, path)}
+    found = glob.glob(f"{glob.escape(start)}*")
+    files = {path for path in found if re.fullmatch(ours, path) and os.path.isfile(path)}
     with contextlib.suppress(InputError, KeyError, TypeError):  # no state, or a damaged one
         state = read_checkpoint(state_path(model_path))
         if not (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
             files.remove(state_path(model_path))
     names = (f"{start}-old-{i}" for i in itertools.count(1))
-    other = next(name for name in names if not glob.glob(f"{glob.escape(name)}[.-]*"))
+    other = next(name for name in names if not glob.glob(f"{glob.escape(name)}*"))
     for path in files:
         with open(path, "rb") as file:
             write_file(other + path.removeprefix(start), file.read())

@@ -508,6 +508,7 @@ def test_eval_does_not_download_to_a_path_of_another_computer(monkeypatch):
     monkeypatch.setattr(utils, "download", lambda _: None)
     monkeypatch.setattr(utils, "read_cifar", noting)
     evaluate("--eval", "cls.pth")
+    evaluate("--eval", "cls.pth", "--demo")  # which is shapes
     os.makedirs("of/another/computer")
     evaluate("--eval", "cls.pth")
     content["args"]["dataset"] = "folder"  # of whose path CIFAR is not a part

@@ -289,7 +289,8 @@ def test_finished_run_is_not_trained_again(capsys):
 
 def stored(name):
     """Path -> bytes of the files of a run and of its earlier runs."""
-    return {file: open(file, "rb").read() for file in os.listdir() if file.startswith(name)}
+    files = (file for file in os.listdir() if file.startswith(name) and os.path.isfile(file))
+    return {file: open(file, "rb").read() for file in files}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -298,6 +299,7 @@ def test_a_new_run_overwrites_nothing(script, capsys):
     train_, path = (pretrain, "--model_path") if script == "mae_pretrain" else (
         classify, "--output_model_path"
     )  # fmt: skip
+    os.makedirs(f"{name}-3.png")  # not a file of ours
     train_("--keep_every", "1")
     first = stored(name)
     kept = {
@@ -321,6 +323,15 @@ def test_a_new_run_overwrites_nothing(script, capsys):
     train_("--seed", "1", path, "whole.pth")
     same_weights(f"{name}-old-2.pth", "whole.pth")
     assert os.path.exists(f"{name}-old-2-0002.pth") and kept.items() <= stored(name).items()
+
+
+@pytest.mark.parametrize("path", ["q//c.pth", "q/c", "./q/c.x.pth"])
+def test_earlier_runs_are_kept_under_any_name(path):
+    for seed in ("1", "2", "3"):
+        classify("--output_model_path", path, "--seed", seed, "--total_epoch", "1")
+    start, extension = os.path.splitext(path)
+    names = [f"{start}-old-{i}{extension}" for i in (1, 2)] + [path]
+    assert [read(name)["args"]["seed"] for name in names] == [1, 2, 3]
 
 
 def test_a_classifier_in_the_place_of_its_pretrained_model():
