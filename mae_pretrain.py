@@ -314,16 +314,13 @@ def main(args):
             model.eval()
             grid = reconstruction_grid(model, shown, shown_noise, *pixels)
             run.check_finite(grid)
+            speed = run.progress.per_second
             left = run.progress.time_left(args.total_epoch - epoch - 1)
-            scalars = {
-                "mae_loss": results["loss"],
-                "lr": lr,
-                "images_per_second": run.progress.per_second,
-            }
+            scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
             run.curves.write(epoch, scalars, {"mae_image": grid})
             utils.print_rank_0(
                 f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-                f"{run.progress.per_second:,.0f} images/s{left}"
+                f"{speed:,.0f} images/s{left}"
             )
             kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
             if run.end_epoch(save_now=bool(kept)):

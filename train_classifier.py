@@ -490,6 +490,7 @@ def evaluate_file(args):
     if [name for name in classes if name in found] != found or k != len(classes):
         raise utils.InputError(f"{args.eval} has classes {classes}, the dataset has {found}")
     images = dataset.val_images
+    utils.check_same_settings(images=len(images))
     true = torch.tensor([classes.index(name) for name in found])[dataset.val_labels.cpu()]
     logits = classify(model, images, devices, args)
     loss, predicted = cross_entropy(logits.double(), true).item(), logits.argmax(-1)

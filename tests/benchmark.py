@@ -261,7 +261,7 @@ def worker(side, job, args, connection):
 
 
 def draw_images(args):
-    return utils.draw_shapes(max(2 * args.batch, 2000), 32, 0)
+    return utils.draw_shapes(range(max(2 * args.batch, 2000)), 32, 0)
 
 
 def start_up(args):

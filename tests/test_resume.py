@@ -43,6 +43,9 @@ SCRIPTS = {
     "mae_pretrain": ("vit-t-mae", "mae-pretrain"),
     "train_classifier": ("cls", "scratch-cls"),
 }
+MAIN = {"mae_pretrain": pretrain, "train_classifier": classify}
+PATH = {"mae_pretrain": "--model_path", "train_classifier": "--output_model_path"}
+FLAGS = {"mae_pretrain": PRETRAIN, "train_classifier": CLASSIFY}
 
 
 def train(script, flags, folder):
@@ -129,8 +132,7 @@ def steps_in_tensorboard(folder, load_fast):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_ten_times_ends_as_if_undisturbed(script):
     name, log = SCRIPTS[script]
-    flags = PRETRAIN if script == "mae_pretrain" else CLASSIFY
-    flags = [*flags, *"--total_epoch 60 --batch_size 4 --save_minutes 0.0005".split()]
+    flags = [*FLAGS[script], *"--total_epoch 60 --batch_size 4 --save_minutes 0.0005".split()]
     flags += ["--keep_every", "25"]
     for folder in ("undisturbed", "killed"):
         os.mkdir(folder)
@@ -189,9 +191,7 @@ def test_signal_finishes_the_update_saves_and_tells_how_to_go_on(
 ):
     """Also from the CPU to a GPU (at 2) and back (at 3), and with another micro-batch (at 5)."""
     name, log = SCRIPTS[script]
-    train_, path = (pretrain, "--model_path") if script == "mae_pretrain" else (
-        classify, "--output_model_path"
-    )  # fmt: skip
+    train_, path = MAIN[script], PATH[script]
     rate = ["--base_learning_rate", "1e-2"]  # a weight may move by 4e-3
     train_(path, "whole.pth", "--log_dir", "whole", "--device", device, *rate)
     with pytest.raises(SystemExit) as stop, signal_at_update(number, at):
@@ -296,9 +296,7 @@ def stored(name):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_new_run_overwrites_nothing(script, capsys):
     name, _ = SCRIPTS[script]
-    train_, path = (pretrain, "--model_path") if script == "mae_pretrain" else (
-        classify, "--output_model_path"
-    )  # fmt: skip
+    train_, path = MAIN[script], PATH[script]
     os.makedirs(f"{name}-3.png")  # not a file of ours
     train_("--keep_every", "1")
     first = stored(name)
@@ -344,8 +342,7 @@ def test_a_classifier_in_the_place_of_its_pretrained_model():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_runs_at_once_on_one_model_file(script):
-    flags = PRETRAIN if script == "mae_pretrain" else CLASSIFY
-    flags = [*flags, "--total_epoch", "100000"]
+    flags = [*FLAGS[script], "--total_epoch", "100000"]
     name, _ = SCRIPTS[script]
     process = start(script, flags)
     try:
@@ -353,12 +350,12 @@ def test_two_runs_at_once_on_one_model_file(script):
             time.sleep(0.01)
         before = set(os.listdir())
         with pytest.raises(utils.InputError, match=f"another run is writing {name}.pth"):
-            (pretrain if script == "mae_pretrain" else classify)()
+            MAIN[script]()
         assert set(os.listdir()) == before
     finally:
         process.kill()
         process.join()
-    (pretrain if script == "mae_pretrain" else classify)()  # nothing is left of its lock
+    MAIN[script]()  # nothing is left of its lock
     assert os.path.exists(f"{name}-old-1.state.pth")
 
 
@@ -437,12 +434,11 @@ def small_disk(tmp_path):
 def test_full_disk(script, small_disk):
     """In a process of its own: TensorBoard's threads and open files have a say at its end."""
     name, log = SCRIPTS[script]
-    path = "--model_path" if script == "mae_pretrain" else "--output_model_path"
-    flags = [*(PRETRAIN if script == "mae_pretrain" else CLASSIFY), "--total_epoch", "12"]
+    flags = [*FLAGS[script], "--total_epoch", "12"]
     assert finish(script, flags) == 0
     flags += ["--log_dir", f"{small_disk}/logs"]
     room = small_disk / "room"
-    flags += [path, f"{small_disk}/{name}.pth"]
+    flags += [PATH[script], f"{small_disk}/{name}.pth"]
     for attempt in range(3):
         room.write_bytes(bytes(2_880_000 - 120_000 * attempt))
         next_second()
@@ -503,8 +499,7 @@ def not_a_state(path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_state_never_speaks_of_a_file_that_is_not_there(script, monkeypatch):
     name, _ = SCRIPTS[script]
-    train_ = pretrain if script == "mae_pretrain" else classify
-    path = "--model_path" if script == "mae_pretrain" else "--output_model_path"
+    train_, path = MAIN[script], PATH[script]
     train_(path, "whole.pth")
     with monkeypatch.context() as patch, pytest.raises(utils.InputError, match=f"{name}.pth"):
         patch.setattr(utils, "write_file", refusing(not_a_state))
