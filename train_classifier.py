@@ -410,11 +410,10 @@ def draw_captioned(images, title, captions):
 
     captions: for each image, two lines of (text, colour) to write below it.
     """
-    page, corners = utils.draw_images(images, min(8, len(images)), [title], space=42)
-    side = images.shape[-1] * math.ceil(128 / images.shape[-1])  # as they are enlarged there
-    for (x, y), lines in zip(corners, captions, strict=True):
+    page, places = utils.draw_images(images, min(8, len(images)), [title], space=42)
+    for (x, y, width), lines in zip(places, captions, strict=True):
         for line, (text, colour) in enumerate(lines):
-            write_text(ImageDraw.Draw(page), (x, y + 17 * line), text, side, colour)
+            write_text(ImageDraw.Draw(page), (x, y + 17 * line), text, width, colour)
     return to_tensor(page)
 
 

@@ -284,7 +284,8 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     parser.set_defaults(**defaults)
 # fmt: on
 
-# These change a result by rounding only: they may differ when a run is resumed.
+# These change a result by rounding only: they may differ between processes, and when a run is
+# resumed.
 FREE_FLAGS = {
     "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
     "model_path", "output_model_path", "precision", "resume", "save_minutes",
@@ -382,11 +383,10 @@ def check_memory(n, image_size):
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         free = int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024
         if need > free:
-            text = (
+            raise InputError(
                 f"{n:,} images of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory, "
+                f"{free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
             )
-            text += f"{free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
-            raise InputError(text)
 
 
 IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
@@ -891,21 +891,22 @@ def png_bytes(img):
 
 
 def draw_images(images, columns, titles, space=8):
-    """images uint8 [N,3,H,H] in rows -> PIL.Image, with titles of the columns; left, lower corners.
+    """images uint8 [N,3,H,H] in rows, with titles of the columns -> PIL.Image, places for captions.
 
-    Images are enlarged to at least 128 pixels; below each is some space, in pixels.
+    Images are enlarged to at least 128 pixels. Below each is some space, whose place is (left, top,
+    width), in pixels.
     """
     side, gap, top = images.shape[-1] * math.ceil(128 / images.shape[-1]), 8, 28
     width, rows = gap + columns * (side + gap), math.ceil(len(images) / columns)
     page = Image.new("RGB", (max(440, width), top + rows * (side + space)), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(page).text((gap + i * (side + gap), gap), title, "black", font_size=14)
-    corners = []
+    places = []
     for i, img in enumerate(images.cpu()):
         x, y = gap + i % columns * (side + gap), top + i // columns * (side + space)
         page.paste(TF.to_pil_image(img).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        corners.append((x, y + side))
-    return page, corners
+        places.append((x, y + side, side))
+    return page, places
 
 
 # --------------------------------------------------------------------------- curves and progress
@@ -1026,8 +1027,7 @@ def describe_run(args, settings, model, dataset, folder):
 
 
 # ---------------------------------------------------------------------------- stop and resume
-# main keeps the model file to itself, makes a Run and loops over its epochs and updates; get_args
-# calls resume_args.
+# main calls start_run, and loops over the epochs and updates of its Run; get_args resume_args.
 
 
 def state_path(model_path):
@@ -1082,7 +1082,7 @@ def keep_earlier_run(model_path):
     names = (f"{start}-old-{i}" for i in itertools.count(1))
     other = next(name for name in names if not glob.glob(f"{glob.escape(name)}*"))
     for path in files:
-        with open(path, "rb") as file:
+        with as_input_error(f"cannot read {path}", OSError), open(path, "rb") as file:
             write_file(other + path.removeprefix(start), file.read())
     if files:
         print_rank_0(f"an earlier run is kept as {other}{extension}")
