@@ -128,7 +128,7 @@ class MAE_Decoder(torch.nn.Module):
         if emb_dim % num_head:
             raise SizeError(f"decoder width {emb_dim} is no multiple of its heads, {num_head}")
 
-        same = encoder_dim in (None, emb_dim)  # then no weights, as in the source
+        same = encoder_dim in (None, emb_dim)  # then no weights, as in the original
         self.embed = torch.nn.Identity() if same else torch.nn.Linear(encoder_dim, emb_dim)
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, emb_dim))
         self.pos_embedding = torch.nn.Parameter(torch.zeros(grid**2 + 1, 1, emb_dim))

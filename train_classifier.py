@@ -128,7 +128,7 @@ def load_model(path, kind):
     """Read a model file -> model, its architecture, the file's whole content.
 
     kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
-    whole module as the source pickles it, maybe within DataParallel or torch.compile's. A bare
+    whole module as the original pickles it, maybe within DataParallel or torch.compile's. A bare
     state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
     0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
     shapes and finite values.
@@ -486,7 +486,7 @@ def evaluate_file(args):
     utils.download(args)
     dataset = utils.load_dataset(args, devices[0])
     k, found = architecture["num_classes"], dataset.classes
-    classes = content.get("classes") or found  # the source's files do not name them
+    classes = content.get("classes") or found  # the original's files do not name them
     if [name for name in classes if name in found] != found or k != len(classes):
         raise utils.InputError(f"{args.eval} has classes {classes}, the dataset has {found}")
     images = dataset.val_images

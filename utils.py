@@ -790,7 +790,7 @@ def micro_batches(net, micro_batch_size, device, *tensors):
 
 # --------------------------------------------------------------------------------- model files
 # Written whole or not at all, read without running anything in them: those of the scripts and of
-# the source.
+# the original.
 
 
 def remove(path):

@@ -1,12 +1,12 @@
-"""Time the training steps of both scripts, on this machine, beside the source's if it is given.
+"""Time the training steps of both scripts, on this machine, beside the original's if it is given.
 
     python tests/benchmark.py
     python tests/benchmark.py --precision fp16 --micro_batch 128 512 --json speed.json
     python tests/benchmark.py --source PATH_TO_A_CHECKOUT --json speed.json
 
 A step is a whole update of the weights: images, masks, forward, backward, optimizer, sums. The
-source's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. Eager,
-compiled and the source's alternate, so that what else the machine does falls on all of them, and
+original's is its own: masks drawn image by image, fp32, `.item()` behind every micro-batch. Eager,
+compiled and the original's alternate, so that what else the machine does falls on all of them, and
 share the memory. Preparation, with compilation, and warm-up are not in the clock. Three numbers are
 the median, the lowest and the highest. Of several GPUs the first is measured, or the first that
 CUDA_VISIBLE_DEVICES names.
@@ -68,7 +68,7 @@ def get_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", help="a checkout of the source, whose model.py is imported from there")
+    add("--source", help="a checkout of the original, whose model.py is imported from there")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="ours")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -76,7 +76,7 @@ def get_args():
     add("--micro_batch", type=int, nargs="+", metavar="N",
         help="images per pass, one or several to try "
              "(default: as the scripts choose it, and on a GPU also 128)")  # fmt: skip
-    add("--source_micro_batch", type=int, help="the source's, if another (default: 128)")
+    add("--source_micro_batch", type=int, help="the original's, if another (default: 128)")
     add("--batch", type=int, help="images per update (default: 512 on a CPU, 4096 on a GPU)")
     add("--repeats", type=int, default=5, help="updates timed of each (default: 5)")
     add("--json", help="write the figures to this file, anew after each")
@@ -121,7 +121,7 @@ def our_step(job, args, device, images, labels):
 
 
 def source_step(job, args, device, images, labels):
-    """The same with the source's model.py, and its loop as it stands there."""
+    """The same with the original's model.py, and its loop as it stands there."""
     path = os.path.join(args.source, "model.py")
     spec = importlib.util.spec_from_file_location("source_model", path)
     source = importlib.util.module_from_spec(spec)
@@ -230,7 +230,7 @@ def count_kernels(step, micro_batch):
 
 
 def worker(side, job, args, connection):
-    """A process for one side of one job: nothing set for ours, such as malloc's, helps the source.
+    """One side of one job in a process: nothing set for ours, such as malloc's, helps the original.
 
     Sends its micro-batch, then the seconds of each update it is asked for; told to end, its memory
     in bytes, and on a GPU the kernels it launches.

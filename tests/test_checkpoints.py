@@ -56,7 +56,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_whole_module_pickles_of_the_source(wrap):
-    model = tiny()  # the source's classes have the same names, in a module of the same name
+    model = tiny()  # the original's classes have the same names, in a module of the same name
     torch.save(wrap(model), "vit-t-mae.pt")
     loaded, architecture, _ = load_mae("vit-t-mae.pt")
     same_output(loaded, model)

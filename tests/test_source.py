@@ -1,4 +1,4 @@
-"""The source's own scripts beside ours: the same weights, images, order and masks, so the same run.
+"""The original's own scripts beside ours: the same weights, images, order and masks, the same run.
 
     MAE_SOURCE=CHECKOUT python -m pytest tests/test_source.py -s
 
@@ -27,7 +27,7 @@ import utils
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
 SOURCE = os.environ.get("MAE_SOURCE")
-pytestmark = pytest.mark.skipif(not SOURCE, reason="MAE_SOURCE names no checkout of the source")
+pytestmark = pytest.mark.skipif(not SOURCE, reason="MAE_SOURCE names no checkout of the original")
 
 SEED, BATCH, EPOCHS, PATCHES = 7, 25, 3, 64
 MODEL = {"image_size": 32, "patch_size": 4, "emb_dim": 48, "encoder_layer": 3, "encoder_head": 3}
@@ -68,7 +68,7 @@ class CIFAR10(list):
 
 
 class DataLoader:
-    """Our order in the place of the source's, which it draws with its global generator."""
+    """Our order in the place of the original's, which it draws with its global generator."""
 
     def __init__(self, dataset, batch_size, shuffle, num_workers):
         self.dataset, self.shuffle, self.epoch = dataset, shuffle, 0
@@ -100,7 +100,7 @@ def source(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(SOURCE)
     model = importlib.import_module("model")
     assert os.path.samefile(os.path.dirname(model.__file__), SOURCE)
-    # The eps of the timm with which the source was made.
+    # The eps of the timm with which the original was made.
     block = functools.partial(timm.models.vision_transformer.Block, norm_layer=torch.nn.LayerNorm)
     monkeypatch.setattr(model, "Block", block)
     monkeypatch.setattr(model.MAE_ViT.__init__, "__defaults__", tuple(MAE.values()))
