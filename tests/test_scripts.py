@@ -898,8 +898,10 @@ def test_long_warm_up_is_warned_about(capsys):
 def test_a_batch_of_more_images_than_there_are_is_warned_about(capsys):
     pretrain("--batch_size", "61", "--base_learning_rate", "0.01")
     text = "warning: --batch_size exceeds the 60 training images: try --batch_size 8 --base_lear"
-    assert text + "ning_rate 0.08\n" in capsys.readouterr().out  # the same peak rate
+    assert text + "ning_rate 0.03\n" in capsys.readouterr().out  # a peak of 1e-3
     pretrain("--resume", "--batch_size", "61", "--base_learning_rate", "0.01")  # too late
+    classify("--batch_size", "61", "--base_learning_rate", "0.001")
+    assert text + "ning_rate 0.008\n" in capsys.readouterr().out  # the same peak rate
     classify("--batch_size", "60")
     assert "warning" not in capsys.readouterr().out
 
