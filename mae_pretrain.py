@@ -5,9 +5,11 @@
     python mae_pretrain.py --dataset folder --data_path my_images --image_size 64 --patch_size 8
     tensorboard --logdir logs                   the loss, and 16 reconstructions at every epoch
     python mae_pretrain.py --reconstruct IMAGE_OR_FOLDER --mask_ratio 0.5 0.75 0.9
+    python mae_pretrain.py --reconstruct pic/samples --model_path weights/vit-t-mae-pictures.pth
 
 Writes the model to --model_path and, beside it, the reconstructions of the last saved epoch as a
-PNG. The last command does not train: it shows how the trained model reconstructs your images.
+PNG. The last two do not train: they show how a trained model, or the one that comes with this
+repository, reconstructs your images.
 """
 
 import signal
