@@ -348,6 +348,7 @@ def test_two_runs_at_once_on_one_model_file(script):
     try:
         while not os.path.exists(f"{name}.pth"):
             time.sleep(0.01)
+        time.sleep(0.5)  # a picture is written behind the first model
 
         def files():  # but for what the first run is just writing
             return {x for x in os.listdir() if not x.endswith(f".{process.pid}.part")}
