@@ -1016,7 +1016,7 @@ def describe_run(args, settings, model, dataset, folder):
     if args.batch_size > n and not args.resume:
         size = 2 ** int(math.log2(max(8, n / 10)))
         # The same peak, up to the 1e-3 that was measured with few images (RESULTS.md).
-        rate = min(args.base_learning_rate * args.batch_size, 0.256) / size
+        rate = min(args.base_learning_rate * args.batch_size, 1e-3 * 256) / size
         values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
         print_rank_0(f"warning: --batch_size exceeds the {n:,} training images: try {values}")
     parameters = sum(p.numel() for p in model.parameters())

@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -115,6 +116,13 @@ def classify(*flags):
 
 def read(path):
     return torch.load(path, weights_only=True)
+
+
+def python_of(readme):
+    """The only Python snippet of a readme."""
+    with open(os.path.join(REPOSITORY, readme)) as file:
+        (snippet,) = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    return snippet
 
 
 def events(folder):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY, classify, events, pretrain, read, same_weights, scalars
+from conftest import REPOSITORY, classify, events, pretrain, python_of, read, same_weights, scalars
 from PIL import Image, ImageFont
 from torch.nn.functional import cross_entropy
 
@@ -587,13 +587,10 @@ def test_a_strangers_folder(capsys):
 
 def test_the_python_of_the_readme_runs():
     classify("--output_model_path", "vit-t-classifier-demo.pth")
-    with open(os.path.join(REPOSITORY, "README.md")) as readme:
-        snippets = re.findall(r"```python\n(.*?)```", readme.read(), re.DOTALL)
-    assert len(snippets) == 1
     for name in ("weights", "pic"):
         os.symlink(os.path.join(REPOSITORY, name), name)
     found = {}
-    exec(snippets[0], found)
+    exec(python_of("README.md"), found)
     assert isinstance(found["model"], MAE_ViT)  # read by plain PyTorch
     img = utils.to_float(found["images"])
     with torch.no_grad():
@@ -602,3 +599,6 @@ def test_the_python_of_the_readme_runs():
         found["model"].encoder.shuffle.ratio = 0.0
         tokens, _ = found["model"].encoder(img)  # in another order, which makes no difference
     torch.testing.assert_close(found["features"], tokens[0], rtol=1e-5, atol=1e-5)
+    pretrain("--decoder_dim", "12")  # plain PyTorch reads a decoder of another width, too
+    file = read("vit-t-mae.pth")
+    MAE_ViT(**file["architecture"]).load_state_dict(file["model"])

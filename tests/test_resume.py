@@ -346,9 +346,9 @@ def test_two_runs_at_once_on_one_model_file(script):
     name, _ = SCRIPTS[script]
     process = start(script, flags)
     try:
-        while not os.path.exists(f"{name}.pth"):
+        model, state = f"{name}.pth", f"{name}.state.pth"  # the state is written last
+        while not os.path.exists(model) or os.path.getmtime(state) < os.path.getmtime(model):
             time.sleep(0.01)
-        time.sleep(0.5)  # a picture is written behind the first model
 
         def files():  # but for what the first run is just writing
             return {x for x in os.listdir() if not x.endswith(f".{process.pid}.part")}
