@@ -41,6 +41,7 @@ def main():
         low, high = map(min, epochs), map(max, epochs)
         axes.fill_between(x, list(low), list(high), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="epoch", ylabel="accuracy on the validation images, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(args.output, dpi=100)

@@ -1,6 +1,7 @@
 """The models in weights/ on the images in pic/samples: what one sees without training anything."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -10,12 +11,14 @@ from conftest import REPOSITORY, classify, pretrain, python_of, read
 from PIL import Image
 
 import mae_pretrain
+import train_classifier
 import utils
 from train_classifier import load_model
 
 SAMPLES = os.path.join(REPOSITORY, "pic", "samples")
 FEATURES = os.path.join(REPOSITORY, "weights", "vit-t-mae.pth")
 PICTURES = os.path.join(REPOSITORY, "weights", "vit-t-mae-pictures.pth")
+CLASSIFIER = os.path.join(REPOSITORY, "weights", "vit-t-classifier.pth")
 
 
 def error_and_that_of_means(path):
@@ -43,15 +46,19 @@ def test_the_models_predict_hidden_patches(path, factor):
     assert error < of_means / factor
 
 
-@pytest.mark.parametrize("path", [FEATURES, PICTURES])
+@pytest.mark.parametrize("path", [FEATURES, PICTURES, CLASSIFIER])
 def test_shipped_files_are_small_and_say_where_others_have_the_images(path):
     content = read(path)
     assert {tensor.dtype for tensor in content["model"].values()} == {torch.float16}
     assert content["args"]["dataset"] == "cifar10" and content["args"]["data_path"] == "data"
-    assert "/" not in "".join(x for x in content["args"].values() if isinstance(x, str))
+    texts = [x for x in content["args"].values() if isinstance(x, str)]
+    assert [x for x in texts if "/" in x] in ([], ["weights/vit-t-mae.pth"])
+    if path == CLASSIFIER:
+        names = "airplane automobile bird cat deer dog frog horse ship truck"
+        assert content["classes"] == names.split()  # in the order of CIFAR-10's labels
 
 
-def test_reconstructing_the_samples_changes_nothing_in_git(tmp_path, monkeypatch):
+def test_the_first_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     for name in ("weights", "pic"):
         shutil.copytree(os.path.join(REPOSITORY, name), tmp_path / name)
     shutil.copy(os.path.join(REPOSITORY, ".gitignore"), tmp_path)
@@ -63,13 +70,19 @@ def test_reconstructing_the_samples_changes_nothing_in_git(tmp_path, monkeypatch
     git("init")
     git("add", ".")
     files = git("ls-files").split()
-    assert "weights/vit-t-mae.pth" in files and "weights/vit-t-mae-pictures.pth" in files
+    names = ("vit-t-classifier.pth", "vit-t-mae-pictures.pth", "vit-t-mae.pth")
+    assert {f"weights/{name}" for name in names} < set(files)
     assert sum(name.startswith("pic/samples/") for name in files) == 16
     command = "--model_path weights/vit-t-mae-pictures.pth --reconstruct pic/samples"
     mae_pretrain.main(mae_pretrain.get_args(command.split()))
     with Image.open("weights/vit-t-mae-pictures-reconstructed.png") as picture:
         assert picture.height > 16 * 128 and picture.width > 3 * 128  # a row for each image
-    assert git("ls-files", "--others", "--exclude-standard") == ""
+    command = "--eval weights/vit-t-classifier.pth --predict pic/samples"
+    train_classifier.main(train_classifier.get_args(command.split()))
+    lines = re.findall(r"samples/\d+-(\w+)\.png: (\w+), ", capsys.readouterr().out)
+    assert len(lines) == 16 and sum(name == predicted for name, predicted in lines) >= 13  # @
+    assert os.path.exists("weights/vit-t-classifier-predicted.png")
+    assert git("ls-files", "--others", "--exclude-standard", "--modified") == ""  # all is ignored
 
 
 def test_the_python_of_the_weights_readme_halves_a_model(empty_folder):
