@@ -80,7 +80,8 @@ def test_the_first_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     command = "--eval weights/vit-t-classifier.pth --predict pic/samples"
     train_classifier.main(train_classifier.get_args(command.split()))
     lines = re.findall(r"samples/\d+-(\w+)\.png: (\w+), ", capsys.readouterr().out)
-    assert len(lines) == 16 and sum(name == predicted for name, predicted in lines) >= 13  # @
+    right = [name for name, predicted in lines if name == predicted]
+    assert len(lines) == 16 and len(right) >= 14  # measured: 16
     assert os.path.exists("weights/vit-t-classifier-predicted.png")
     assert git("ls-files", "--others", "--exclude-standard", "--modified") == ""  # all is ignored
 
