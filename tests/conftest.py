@@ -2,18 +2,25 @@
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import os
 import pickle
 import re
+import runpy
+import signal
 import socket
+import sys
+import time
 
+# But for one test, runs take one GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 import mae_pretrain
@@ -64,13 +71,6 @@ class GPUs(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def compiled_by_default(monkeypatch):
-    """--compile is taken as the default of a long run on a GPU: a wish, not a demand."""
-    try_micro_batch = utils.try_micro_batch
-    wish = lambda *args: try_micro_batch(*args[:-1], must_compile=None)  # noqa: E731
-    monkeypatch.setattr(utils, "try_micro_batch", wish)
-
-
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request, monkeypatch):
     """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`."""
@@ -81,17 +81,38 @@ def device(request, monkeypatch):
     return request.param
 
 
-def new_process(function, *args):
-    """Start a process that has imported all it needs, and computed nothing, before it is forked."""
+def script_process(script, flags, folder, environment, number, before):
+    """The body of a process: what `python SCRIPT FLAGS` does, after before()."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        flag = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(f"{name}-{number}", flag), descriptor)
+    utils.read_shapes = few_shapes
+    torch.set_num_threads(1)
+    sys.argv = [os.path.join(REPOSITORY, f"{script}.py"), *flags]
+    if before:
+        before()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def start(script, flags, folder=".", number=0, before=None, **environment):
+    """Run a script in a folder, in a process that is forked after the imports, which take seconds.
+
+    Its output goes into the files out-0 and err-0, or of another number.
+    """
+    os.makedirs(folder, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([REPOSITORY, TESTS])  # not sys.path, on Python 3.11
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mae_pretrain", "train_classifier", "conftest", "timm"])
-    process = context.Process(target=function, args=args)
+    preloaded = ["mae_pretrain", "train_classifier", "conftest", "timm", "torch.distributed.run"]
+    context.set_forkserver_preload(preloaded)
+    args = script, flags, os.path.abspath(folder), environment, number, before
+    process = context.Process(target=script_process, args=args)
     process.start()
     return process
 
 
-def statuses(processes, timeout):
+def statuses(processes, timeout=120):
     """Wait that many seconds for each, and end what still runs -> their exit statuses."""
     for process in processes:
         process.join(timeout)
@@ -100,10 +121,36 @@ def statuses(processes, timeout):
     return [process.exitcode for process in processes]
 
 
+def finish(script, flags, folder=".", **more):
+    """Run a script to its end -> its exit status."""
+    return statuses([start(script, flags, folder, **more)])[0]
+
+
+def output(folder=".", number=0, names=("out", "err")):
+    """What a process has printed, on standard output first."""
+    text = ""
+    for name in names:
+        with open(f"{folder}/{name}-{number}") as file:
+            text += file.read()
+    return text
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+ports = itertools.count(10_000 + os.getpid() % 200 * 100)  # below those that the system gives out
+
+
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that no other process of the tests takes."""
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def pretrain(*flags):
@@ -116,6 +163,12 @@ def classify(*flags):
 
 def read(path):
     return torch.load(path, weights_only=True)
+
+
+def load_model(path):
+    """The model of a file, by its architecture."""
+    content = read(path)
+    return train_classifier.load_model(path, content["kind"])[0].eval()
 
 
 def python_of(readme):
@@ -140,22 +193,31 @@ def same_weights(path, other, tolerance=0.0):
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
+def on_update(number, action):
+    """From here on, call action() when so many updates of the weights are done -> a handle."""
+    seen = itertools.count(1)
+    return register_optimizer_step_post_hook(lambda *_: action() if next(seen) == number else None)
+
+
 @contextlib.contextmanager
-def signal_at_update(number, at):
-    """Send the process a signal while its update `at` is under way."""
-    end_update, seen = utils.Progress.end_update, []
-
-    def counting(self):
-        seen.append(1)
-        if len(seen) == at:
-            os.kill(os.getpid(), number)
-        end_update(self)
-
-    utils.Progress.end_update = counting
+def at_update(number, action):
+    handle = on_update(number, action)
     try:
         yield
     finally:
-        utils.Progress.end_update = end_update
+        handle.remove()
+
+
+def signal_at_update(signal_number, number):
+    """Send the process a signal while an update is under way."""
+    return at_update(number, lambda: os.kill(os.getpid(), signal_number))
+
+
+@contextlib.contextmanager
+def stopped_at_update(number):
+    """The run is stopped by a signal, and this is waited for."""
+    with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, number):
+        yield
 
 
 def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):
