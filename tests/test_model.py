@@ -254,9 +254,8 @@ def test_loss_and_gradients_against_float64(
     images = images[torch.randperm(60, generator=utils.generator("order", 42, 0))]
     pixels = images.double() / 255 * 2 - 1
     noise = torch.rand(60, 16, generator=utils.generator("masks", 42, 0, 0))
-    predicted, target, mask = (
-        unfold(x, 8, stride=8) for x in (model(pixels, noise)[0], pixels, model(pixels, noise)[1])
-    )  # [B,C*8*8,T] each
+    found_img = model(pixels, noise)
+    predicted, mask, target = (unfold(x, 8, stride=8) for x in (*found_img, pixels))  # [B,192,T]
     if norm_pix_loss:
         target = (target - target.mean(1, True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
     loss = ((predicted - target) ** 2)[mask == 1].mean()

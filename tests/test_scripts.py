@@ -192,14 +192,6 @@ def test_the_folder_of_the_curves_has_the_name_of_the_run(capsys):
     assert sorted(os.listdir("logs/shapes")) == ["my masks", "my masks-2", "plain"]
 
 
-def test_each_run_has_its_own_curves(capsys):
-    for n in (1, 2, 3):
-        pretrain("--total_epoch", str(n))
-    assert "logs/shapes/mae-pretrain-3" in capsys.readouterr().out
-    for n, name in enumerate(("mae-pretrain", "mae-pretrain-2", "mae-pretrain-3"), 1):
-        assert len(scalars(f"logs/shapes/{name}", "mae_loss")) == n
-
-
 def test_same_arguments_give_the_same_bits():
     for name in ("a", "b"):
         pretrain("--model_path", f"{name}.pth")
@@ -323,34 +315,6 @@ def test_help_tells_every_default(script, capsys):
     assert len(flags) > 20
     for flag in flags[1:]:  # the first is --help
         assert re.search(r"\((.+; )?default: (?!None)", " ".join(flag.split())), flag
-
-
-GB, MAE, VIT = 1e9, [(65, 192)] * 12 + [(257, 192)] * 4, [(257, 192)] * 12
-NARROW = [(65, 192)] * 12 + [(257, 64)] * 4  # --decoder_dim 64
-
-
-@pytest.mark.parametrize(
-    ("share", "limit", "precision", "blocks", "free", "micro_batch"),
-    [
-        (4096, None, "bf16", MAE, 79 * GB, 1024),  # an H100
-        (4096, None, "bf16", MAE, 39 * GB, 1024),  # an A100 of 40 GB
-        (4096, None, "fp16", MAE, 14.5 * GB, 512),  # a T4
-        (4096, None, "bf16", MAE, 5.2 * GB, 128),  # a laptop's 6 GB
-        (4096, None, "fp32", MAE, 14.5 * GB, 256),
-        (128, None, "bf16", VIT, 79 * GB, 128),  # the classifier's whole batch
-        (4096, None, "bf16", VIT, 14.5 * GB, 256),
-        (512, None, "bf16", MAE, 79 * GB, 512),  # one of 8 GPUs
-        (3000, None, "bf16", MAE, 79 * GB, 1000),  # three equal ones
-        (4096, 100, "bf16", MAE, 79 * GB, 100),  # 41: 40 of 100 images, one of 96
-        (4096, 2048, "bf16", MAE, 79 * GB, 1024),
-        (4096, 1024, "bf16", MAE, 5.2 * GB, 128),
-        (4096, None, "bf16", MAE, 0.0, 1),
-        (4096, None, "bf16", NARROW, 5.2 * GB, 256),
-    ],
-)
-def test_a_gpu_gets_what_fits(share, limit, precision, blocks, free, micro_batch):
-    size = utils.choose_micro_batch_size(share, limit, precision, blocks, free)
-    assert size == micro_batch
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
