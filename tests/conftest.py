@@ -13,7 +13,8 @@ import socket
 import sys
 import time
 
-# But for one test, runs take one GPU.
+# Several tests at a time share the cores. But for one test, runs take one GPU.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import numpy as np
@@ -89,7 +90,6 @@ def script_process(script, flags, folder, environment, number, before):
         flag = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(f"{name}-{number}", flag), descriptor)
     utils.read_shapes = few_shapes
-    torch.set_num_threads(1)
     sys.argv = [os.path.join(REPOSITORY, f"{script}.py"), *flags]
     if before:
         before()

@@ -577,7 +577,7 @@ def test_every_recipe_stopped_goes_on_with_another_micro_batch_under_another_nam
     os.rename(f"{name}.state.pth", "b.state.pth")
     if script is classify:
         os.rename(f"{name}.pth", "b.pth")  # the best so far
-    script("--resume", path, "b.pth", "--max_device_batch_size", "7")
+    script("--resume", "--total_epoch", "3", path, "b.pth", "--max_device_batch_size", "7")
     same_weights("b.pth", "whole.pth", 1e-5)
     script("--base_learning_rate", "1e-2", "--total_epoch", "3", path, "plain.pth")
     a, b = (read(x)["model"] for x in ("whole.pth", "plain.pth"))
