@@ -20,6 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
@@ -93,19 +94,21 @@ def script_process(script, flags, folder, environment, number, before):
     sys.argv = [os.path.join(REPOSITORY, f"{script}.py"), *flags]
     if before:
         before()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if script == "torchrun":
+        torch.distributed.run.main(flags)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(script, flags, folder=".", number=0, before=None, **environment):
-    """Run a script in a folder, in a process that is forked after the imports, which take seconds.
+    """Run a script or torchrun, in a process that is forked after the imports, which take seconds.
 
     Its output goes into the files out-0 and err-0, or of another number.
     """
     os.makedirs(folder, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([REPOSITORY, TESTS])  # not sys.path, on Python 3.11
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["mae_pretrain", "train_classifier", "conftest", "timm", "torch.distributed.run"]
-    context.set_forkserver_preload(preloaded)
+    context.set_forkserver_preload(["conftest"])
     args = script, flags, os.path.abspath(folder), environment, number, before
     process = context.Process(target=script_process, args=args)
     process.start()

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -331,13 +329,9 @@ def test_processes_with_other_numbers_of_images_are_refused():
     assert "process 1 has images (19, 16), process 0 has (20, 16)" in error
 
 
-def torchrun(folder, *flags):
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(REPOSITORY, "mae_pretrain.py")
-    command = [sys.executable, "-m", "torch.distributed.run", *flags[0], path, *flags[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(f"{folder}/output", "a") as file:
-        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=environment)
+def torchrun(folder, *flags, number=0):
+    script = os.path.join(REPOSITORY, "mae_pretrain.py")
+    return start("torchrun", [*flags[0], script, *flags[1:]], folder, number)
 
 
 def children(pid):
@@ -347,9 +341,10 @@ def children(pid):
 
 def kill(job):
     """Kill a torchrun and its processes, which would go on without it."""
-    if job.poll() is None:
+    if job.exitcode is None:
         for process in (*children(job.pid), job.pid):
             os.kill(process, signal.SIGKILL)
+    job.join()
 
 
 LONG = [*SCRIPTS["mae_pretrain"], "--total_epoch", "100000", "--save_minutes", "0.001"]
@@ -358,9 +353,8 @@ LONG += ["--dataset", "folder", "--data_path", "../images"]
 
 def test_torchrun_prints_an_error_of_all_processes_once():
     job = torchrun("job", ["--standalone", "--nproc_per_node=2"], "--batch_size", "x")
-    assert job.wait(timeout=100) != 0
-    with open("job/output") as file:
-        lines = [line for line in file if line.startswith("mae_pretrain.py: error: ")]
+    assert statuses([job]) != [0]
+    lines = [x for x in output("job").splitlines() if x.startswith("mae_pretrain.py: error: ")]
     assert len(lines) == 1 and "invalid int value: 'x'" in lines[0]
 
 
@@ -371,18 +365,18 @@ def test_a_machine_and_then_a_process_is_lost_and_the_rest_resumed():
         Image.new("RGB", (32, 32), (i, 5 * i, 0)).save(f"images/{i}.png")
     where = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}".split()
     where += ["--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1"]
-    jobs = [torchrun("job", where, *LONG) for _ in range(2)]
+    jobs = [torchrun("job", where, *LONG, number=i) for i in range(2)]
     try:
         wait_for(lambda: os.path.exists("job/model.pth"))
         kill(jobs[1])
-        assert jobs[0].wait(timeout=100) != 0
+        assert statuses(jobs[:1]) != [0]
         saved = read("job/model.state.pth")["epoch"]
         assert saved > 0
         flags = ["--standalone", "--nproc_per_node=2"]
         jobs.append(torchrun("job", flags, "--model_path", "model.pth", "--resume"))
         wait_for(lambda: read("job/model.state.pth")["epoch"] > saved)
         os.kill(children(jobs[2].pid)[-1], signal.SIGKILL)
-        assert jobs[2].wait(timeout=100) != 0
+        assert statuses(jobs[2:]) != [0]
     finally:
         for job in jobs:
             kill(job)

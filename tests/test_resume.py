@@ -432,7 +432,7 @@ def test_full_disk(script, small_disk):
     flags += ["--log_dir", f"{small_disk}/logs"]
     room = small_disk / "room"
     flags += [PATH[script], f"{small_disk}/{name}.pth"]
-    for attempt in range(3):
+    for attempt in range(2):
         room.write_bytes(bytes(2_880_000 - 120_000 * attempt))
         next_second()
         resume = ["--resume"] * os.path.exists(f"{small_disk}/{name}.state.pth")

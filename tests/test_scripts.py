@@ -94,15 +94,15 @@ def test_result_does_not_depend_on_the_micro_batch(device):
     """12 updates in all, at a learning rate at which a weight may move by 2e-3."""
     shared = "--total_epoch 4 --base_learning_rate 3e-3 --device".split() + [device]
     tolerance = TOLERANCE[device]
-    for size in (60, 16, 7, 1):
+    for size in (60, 7, 1):
         flags = [*shared, "--max_device_batch_size", str(size)]
         pretrain(*flags, "--model_path", f"mae-{size}.pth")
         classify(*flags, "--output_model_path", f"cls-{size}.pth")
-    for size in (16, 7, 1):
+    for size in (7, 1):
         same_weights(f"mae-{size}.pth", "mae-60.pth", tolerance)
         same_weights(f"cls-{size}.pth", "cls-60.pth", tolerance)
     losses = scalars("logs/shapes/mae-pretrain", "mae_loss")
-    for n in (2, 3, 4):
+    for n in (2, 3):
         assert scalars(f"logs/shapes/mae-pretrain-{n}", "mae_loss") == [
             (step, pytest.approx(value, rel=tolerance)) for step, value in losses
         ]
