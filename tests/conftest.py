@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
+import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
@@ -223,26 +224,35 @@ def stopped_at_update(number):
         yield
 
 
-def write_official_files(monkeypatch, dataset, folder, files, meta, label_key):
-    """Small files in the official format; torchvision is told their md5, which it checks."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    written, md5 = {}, {}
-    for name, n in files.items():
-        data = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        labels = [int(x) for x in rng.integers(0, 10, n)]
-        content = pickle.dumps({"data": data, label_key: labels})
-        (folder / name).write_bytes(content)
-        written[name], md5[name] = (data, labels), hashlib.md5(content).hexdigest()
-    content = pickle.dumps(meta)
-    (folder / "the_meta").write_bytes(content)
-    names = list(files)
-    monkeypatch.setattr(dataset, "train_list", [[name, md5[name]] for name in names[:-1]])
-    monkeypatch.setattr(dataset, "test_list", [[names[-1], md5[names[-1]]]])
-    key = next(iter(meta))
-    monkeypatch.setattr(
-        dataset,
-        "meta",
-        {"filename": "the_meta", "key": key, "md5": hashlib.md5(content).hexdigest()},
-    )
+CIFAR = {
+    "CIFAR10": ("labels", "label_names", 10, ["data_batch_1", "data_batch_2", "test_batch"]),
+    "CIFAR100": ("fine_labels", "fine_label_names", 100, ["train", "test"]),
+}
+
+
+def write_cifar(monkeypatch, name, root="data"):
+    """Write 7 images a file in the official format, of which torchvision is told the md5.
+
+    -> {file: (rows of pixels, labels)}
+    """
+    dataset, (labels_key, names_key, k, files) = getattr(torchvision.datasets, name), CIFAR[name]
+    folder, rng, written, md5 = f"{root}/{dataset.base_folder}", np.random.default_rng(0), {}, {}
+    os.makedirs(folder)
+    for file in [*files, "meta"]:
+        data = rng.integers(0, 256, (7, 3072), dtype=np.uint8)
+        written[file] = data, rng.integers(0, k, 7).tolist()
+        content = pickle.dumps(
+            {
+                "data": data,
+                labels_key: written[file][1],
+                names_key: [f"class {i}" for i in range(k)],
+            }
+        )
+        md5[file] = hashlib.md5(content).hexdigest()
+        with open(f"{folder}/{file}", "wb") as out:
+            out.write(content)
+    meta = {"filename": "meta", "key": names_key, "md5": md5.pop("meta")}
+    *train, test = map(list, md5.items())
+    for attribute, value in (("train_list", train), ("test_list", [test]), ("meta", meta)):
+        monkeypatch.setattr(dataset, attribute, value)
     return written

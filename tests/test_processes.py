@@ -30,7 +30,7 @@ from conftest import (
     start,
     statuses,
     wait_for,
-    write_official_files,
+    write_cifar,
 )
 from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -267,55 +267,34 @@ def test_an_error_of_all_processes_is_that_of_the_first():
     assert output("a", 1) == ""
 
 
-def serve(attributes):
-    """CIFAR-10 is where a server of the test has it."""
-    for name, value in attributes.items():
+def has_cifar(url, attributes):
+    """CIFAR-10 is where a test has it."""
+    for name, value in (attributes | {"url": url}).items():
         setattr(torchvision.datasets.CIFAR10, name, value)
 
 
 def test_several_processes_download_once(tmp_path, monkeypatch):
+    """As on two machines that share a disk: two of the four are the first of theirs."""
     cifar = torchvision.datasets.CIFAR10
-    files = {"data_batch_1": 6, "data_batch_2": 5, "test_batch": 4}
-    meta = {"label_names": [str(i) for i in range(10)]}
-    folder = tmp_path / "server" / "cifar-10-batches-py"
-    write_official_files(monkeypatch, cifar, folder, files, meta, "labels")
-    archive = shutil.make_archive("server/archive", "gztar", "server", "cifar-10-batches-py")
-    asked = []
-
-    class Server(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path / "server")
-
-        def log_message(self, *args):
-            asked.append(args)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    write_cifar(monkeypatch, "CIFAR10", "server")
+    archive = shutil.make_archive("archive", "gztar", "server", cifar.base_folder)
+    attributes = {name: getattr(cifar, name) for name in ("train_list", "test_list", "meta")}
+    with open(archive, "rb") as file:
+        attributes["tgz_md5"] = hashlib.md5(file.read()).hexdigest()
+    shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    flags, started = [*PRETRAIN, "--dataset", "cifar10", "--train_images", "14"], []
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        attributes = {name: getattr(cifar, name) for name in ("train_list", "test_list", "meta")}
-        attributes["url"] = f"http://127.0.0.1:{server.server_port}/archive.tar.gz"
-        attributes["filename"] = "archive.tar.gz"
-        with open(archive, "rb") as file:
-            attributes["tgz_md5"] = hashlib.md5(file.read()).hexdigest()
-        requests = {}
-        for n in (1, 4):
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-            # As on two machines that share a disk: two of the four are the first of theirs.
-            layout = [{"RANK": str(i), "LOCAL_RANK": str(i % 2)} for i in range(n)]
-            flags = [*PRETRAIN, "--dataset", "cifar10", "--train_images", "11"]
-            before = functools.partial(serve, attributes)
-            started = [
-                start(
-                    "mae_pretrain", flags, f"{n}", i, before, WORLD_SIZE=str(n), **shared, **place
-                )
-                for i, place in enumerate(layout)
-            ]
-            assert statuses(started) == [0] * n
-            requests[n] = len(asked)
-            asked.clear()
+        for i in range(4):
+            port = 9 if i else server.server_port  # only the first has the right address
+            url = f"http://127.0.0.1:{port}/{os.path.basename(archive)}"
+            before = functools.partial(has_cifar, url, attributes)
+            place = {"RANK": str(i), "LOCAL_RANK": str(i % 2)}
+            started.append(start("mae_pretrain", flags, "job", i, before, **shared, **place))
+        assert statuses(started) == [0] * 4, output("job")
         server.shutdown()
-    assert requests[1] > 0 and requests[4] == requests[1]
-    assert "cifar10, 11 training, 4 validation images" in output("4")
-    same_weights("1/vit-t-mae.pth", "4/vit-t-mae.pth", 1e-5)
+    assert "cifar10, 14 training, 7 validation images" in output("job")
 
 
 def test_processes_with_other_numbers_of_images_are_refused():

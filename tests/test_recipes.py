@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
 from conftest import (
     REPOSITORY,
     classify,
@@ -19,7 +18,7 @@ from conftest import (
     python_of,
     read,
     scalars,
-    write_official_files,
+    write_cifar,
 )
 from PIL import Image
 from torch.nn.functional import cross_entropy, normalize
@@ -251,27 +250,7 @@ def test_eval_shows_accuracy_by_class_and_the_confusion_matrix(capsys):
     assert "pictures: cls-confusion.png, cls-predictions.png" in lines[-1]
 
 
-def test_predictions_show_mistakes_first_and_name_both_classes():
-    """Here dark images are wrong, bright ones right."""
-    images = torch.full((100, 3, 16, 16), 250, dtype=torch.uint8)
-    true, predicted = torch.arange(100) % 3, torch.arange(100) % 3
-    predicted[::2], images[::2] = (true[::2] + 1) % 3, 40
-    classes = ["a", "a long name of a class", "日本語"]
-    img = train_classifier.draw_predictions(images, true, predicted, classes)
-    middle = img[0, :, :].lt(0.2).float().mean(1)  # how much of each row is dark
-    assert middle[: len(middle) // 2].mean() > 3 * middle[len(middle) // 2 :].mean()
-    red, green = (img[0] - img[1]).amax(1) > 0.5, (img[1] - img[0]).amax(1) > 0.3
-    assert red.any() and green.any() and red.nonzero().max() < green.nonzero().max()
-    right = train_classifier.draw_predictions(images[1:2], true[:1], true[:1], classes)
-    assert (right[0] - right[1]).amax() < 0.5
-
-
-def test_confusion_counts_rows_by_true_class():
-    counts = torch.tensor([[50, 0], [0, 0]])
-    img = train_classifier.draw_confusion(counts, ["a", "日本語"])
-    height, width = img.shape[1:]
-    dark = (img.mean(0) < 0.4).nonzero().float()  # of the only cell with images, top left
-    assert dark[:, 0].median() < height / 2 and dark[:, 1].median() < width * 3 / 4
+def test_a_confusion_matrix_of_many_classes_has_a_pixel_for_each_cell():
     large = train_classifier.draw_confusion(torch.eye(2000).long(), [str(i) for i in range(2000)])
     assert large.shape == (3, 2000, 2000)
 
@@ -350,18 +329,6 @@ def test_reconstruct_images_at_several_ratios(capsys):
             mae_pretrain.main(mae_pretrain.get_args(flags.split()))
 
 
-def test_a_normalised_target_is_undone_in_the_reconstruction():
-    """Of flat patches, its mean is all there is to tell: they come back as they were."""
-    pretrain("--norm_pix_loss")
-    greys = np.random.default_rng(0).integers(150, 256, (4, 4), dtype=np.uint8)
-    Image.fromarray(greys.repeat(8, 0).repeat(8, 1)).save("flat.png")
-    mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "flat.png"]))
-    page = pixels("vit-t-mae-reconstructed.png")[28:156, :440]
-    masked, reconstructed, original = (page[:, 8 + 136 * i :][:, :128] for i in range(3))
-    assert abs(reconstructed - original).max() <= 3
-    assert abs(masked - original).max() > 20
-
-
 def test_reconstructions_are_spread_over_the_folder():
     pretrain()
     for i in range(40):  # two classes, the second one bright
@@ -435,38 +402,21 @@ def test_eval_needs_no_training_images(capsys):
     assert "cls-confusion-2.png, cls-predictions-2.png" in out  # nothing is overwritten
 
 
-def test_eval_does_not_download_to_a_path_of_another_computer(tmp_path, monkeypatch, capsys):
-    cifar, files = torchvision.datasets.CIFAR10, {"data_batch_1": 12, "test_batch": 7}
-    meta = {"label_names": list(utils.SHAPES)}
-    folder = tmp_path / "data" / "cifar-10-batches-py"
-    write_official_files(monkeypatch, cifar, folder, files, meta, "labels")
+def test_eval_does_not_download_to_a_path_of_another_computer(monkeypatch, capsys):
+    write_cifar(monkeypatch, "CIFAR10")
     classify("--data_path", "of/another/computer", "--total_epoch", "1")
     content = read("cls.pth")
-    for dataset, flags in (
-        ("cifar10", []),
-        ("folder", ["--dataset", "cifar10"]),  # of whose path CIFAR is not a part
-    ):
+    content["classes"] = [f"class {i}" for i in range(10)]
+    for dataset in ("folder", "cifar10"):  # of a folder's path CIFAR is not a part
         content["args"]["dataset"] = dataset
         torch.save(content, "cls.pth")
-        evaluate("--eval", "cls.pth", *flags)
-        assert "accuracy on 7 validation images" in capsys.readouterr().out
-    evaluate("--eval", "cls.pth", "--demo")  # which is shapes
-    assert "accuracy on 37 validation images" in capsys.readouterr().out
+        evaluate("--eval", "cls.pth", "--dataset", "cifar10")
+    assert capsys.readouterr().out.count("accuracy on 7 validation images") == 2
     assert not os.path.exists("of")
     os.makedirs("of/another")
     os.rename("data", "of/another/computer")
-    content["args"]["dataset"] = "cifar10"
-    torch.save(content, "cls.pth")
     evaluate("--eval", "cls.pth")
     assert "accuracy on 7 validation images" in capsys.readouterr().out
-
-
-def test_letters_that_no_font_has_are_left_out():
-    def draw(*classes):
-        return train_classifier.draw_confusion(torch.eye(2).long(), classes)
-
-    assert torch.equal(draw("cat\U0010fffd", "dog"), draw("cat\U0010fffe", "dog"))
-    assert not torch.equal(draw("cat\U0010fffd", "dog"), draw("\U0010fffd", "dog"))
 
 
 def strange_folder():
