@@ -31,7 +31,6 @@ from conftest import (
     write_cifar,
 )
 from PIL import Image
-from torch._inductor.compile_fx import compile_fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mae_pretrain
@@ -606,7 +605,9 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
 
     def backend(graph, example):
         graphs.append(graph)
-        return graph.forward if device == "cpu" else compile_fx(graph, example)
+        if device == "cpu":
+            return graph.forward
+        return torch._inductor.compile_fx.compile_fx(graph, example)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     flags = "--total_epoch 3 --base_learning_rate 3e-3 --device".split() + [device]
