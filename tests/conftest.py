@@ -146,12 +146,12 @@ def wait_for(condition, seconds=120):
         time.sleep(0.01)
 
 
-ports = itertools.count(10_000 + os.getpid() % 200 * 100)  # below those that the system gives out
+PORTS = itertools.count(10_000 + os.getpid() % 200 * 100)
 
 
 def free_port():
-    """A port that no other process of the tests takes."""
-    for port in ports:
+    """A port that no other process of the tests takes, below those that the system gives out."""
+    for port in PORTS:
         with contextlib.suppress(OSError), socket.socket() as s:
             s.bind(("127.0.0.1", port))
             return port
@@ -239,15 +239,10 @@ def write_cifar(monkeypatch, name, root="data"):
     folder, rng, written, md5 = f"{root}/{dataset.base_folder}", np.random.default_rng(0), {}, {}
     os.makedirs(folder)
     for file in [*files, "meta"]:
-        data = rng.integers(0, 256, (7, 3072), dtype=np.uint8)
-        written[file] = data, rng.integers(0, k, 7).tolist()
-        content = pickle.dumps(
-            {
-                "data": data,
-                labels_key: written[file][1],
-                names_key: [f"class {i}" for i in range(k)],
-            }
-        )
+        data, labels = rng.integers(0, 256, (7, 3072), dtype=np.uint8), rng.integers(0, k, 7)
+        written[file] = data, labels.tolist()
+        content = {"data": data, labels_key: labels.tolist()}
+        content = pickle.dumps(content | {names_key: [f"class {i}" for i in range(k)]})
         md5[file] = hashlib.md5(content).hexdigest()
         with open(f"{folder}/{file}", "wb") as out:
             out.write(content)

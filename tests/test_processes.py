@@ -18,6 +18,7 @@ from conftest import (
     CLASSIFY,
     PRETRAIN,
     REPOSITORY,
+    at_update,
     classify,
     finish,
     free_port,
@@ -384,16 +385,18 @@ def test_two_gpus_in_one_process(script, precision):
     assert "--compile takes a process for each GPU: torchrun" in output("gpus", names=["err"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_update_waits_for_nothing(script, device):
+def test_an_update_waits_for_nothing(script, precision, device):
     """PyTorch raises an error where the host asks a GPU for a value, for which it has to wait."""
     if device == "cpu":
         pytest.skip("only a GPU is waited for")
-    # From the end of the second update, as the first may wait, to that of the last of the epoch.
-    modes = {2: "error", 4: "default"}
-    for number, mode in modes.items():
-        on_update(number, functools.partial(torch.cuda.set_sync_debug_mode, mode))
     main = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
-    for precision in ("fp32", "fp16", "bf16"):
-        flags = SCRIPTS[script][len(PRETRAIN) :]
-        main(*flags, "--device", "cuda", "--precision", precision, "--total_epoch", "1")
+    flags = [*SCRIPTS[script], "--device", device, "--precision", precision, "--total_epoch", "1"]
+    error, default = (functools.partial(torch.cuda.set_sync_debug_mode, x) for x in (2, 0))
+    # From the end of the second update, as the first may wait, to the end of the epoch's last.
+    try:
+        with at_update(2, error), at_update(4, default):
+            main(*flags)
+    finally:
+        default()

@@ -134,7 +134,7 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
             while (os.path.exists(state) and os.stat(state).st_mtime_ns) == before:
                 assert process.exitcode is None
                 time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run is too short for this test"
@@ -214,13 +214,15 @@ def test_second_signal_stops_at_once(number):
 
 
 @pytest.mark.parametrize("script", [pretrain, classify])
-def test_a_notebook_gets_its_process_back(script):
+def test_a_notebook_gets_its_process_back(script, monkeypatch):
     """After a run, one that was stopped, one that failed: its signals, threads and hooks."""
 
     def process():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         return *handlers, torch.get_num_threads(), threading.excepthook, os.listdir()
 
+    monkeypatch.setattr(utils, "THREADS", 2)  # as it is outside of the tests
+    torch.set_num_threads(2)
     *before, _ = process()
     script()
     with pytest.raises(SystemExit), signal_at_update(signal.SIGINT, 2):
@@ -232,6 +234,7 @@ def test_a_notebook_gets_its_process_back(script):
         script("--base_learning_rate", "1e38", "--total_epoch", "3")
     script()
     assert error and before == after == [*process()][:-1]
+    torch.set_num_threads(1)
     assert not any("lock" in name for name in files)
 
 
