@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import classify, pretrain, read
+from helpers import classify, pretrain, read
 
 import train_classifier
 import utils

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_cifar
+from helpers import write_cifar
 from PIL import Image
 
 import utils

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import pretrain, read, scalars
+from helpers import pretrain, read, scalars
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import unfold
 from torch.optim.optimizer import register_optimizer_step_pre_hook

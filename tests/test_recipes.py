@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import (
+from helpers import (
     REPOSITORY,
     classify,
     events,

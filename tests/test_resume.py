@@ -18,7 +18,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CLASSIFY,
     PRETRAIN,
     TOLERANCE,

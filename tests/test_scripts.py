@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     PRETRAIN,
     REPOSITORY,
     TOLERANCE,

@@ -24,7 +24,7 @@ import pytest
 import timm.models.vision_transformer
 import torch
 import torchvision
-from conftest import events, read, scalars
+from helpers import events, read, scalars
 from PIL import Image
 
 import mae_pretrain

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import REPOSITORY, classify, pretrain, python_of, read
+from helpers import REPOSITORY, classify, pretrain, python_of, read
 from PIL import Image
 
 import mae_pretrain
