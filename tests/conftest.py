@@ -4,9 +4,21 @@ import os
 
 import pytest
 
-# Before PyTorch is imported. Tests share the cores, and a run takes one GPU.
-os.environ["OMP_NUM_THREADS"] = "1"
+TESTS = os.path.dirname(os.path.abspath(__file__))
+# Before PyTorch is imported. Tests share the cores, a run takes one GPU, and nothing but our own
+# words is printed; then for the processes that are started.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "no_proxy": "127.0.0.1"}
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(TESTS), TESTS])
+
+
+@pytest.fixture(autouse=True)
+def clean_up():
+    """A test that fails leaves no process and no threads to the next."""
+    yield
+    helpers().statuses(helpers().STARTED, timeout=0)
+    helpers().STARTED.clear()
+    helpers().torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -19,11 +31,15 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request, monkeypatch):
     """The test runs on the CPU, and where there is a GPU on that, too: `pytest -k cuda`."""
+    torch = helpers().torch
     if request.param == "cuda":
-        if not helpers().torch.cuda.is_available():
+        if not torch.cuda.is_available():
             pytest.skip("no GPU that PyTorch can use")
-        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
-    return request.param
+        # As NVIDIA's containers do. The scripts set what is exact.
+        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
+        torch.set_float32_matmul_precision("high")
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
 
 
 def helpers():

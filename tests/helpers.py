@@ -1,6 +1,7 @@
 """What the tests of the scripts share: a tiny run, and reading back what it left on the disk."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import multiprocessing
@@ -47,7 +48,7 @@ def few_shapes(image_size=32, num_train=None):
 
 
 class GPUs(TorchFunctionMode):
-    """The CPU computes what is asked of these GPUs; of others, {index: message}, it is an error."""
+    """The CPU computes what is asked of a GPU; those of failing, {index: message}, raise that."""
 
     def __init__(self, failing=()):
         super().__init__()
@@ -61,6 +62,9 @@ class GPUs(TorchFunctionMode):
                 raise RuntimeError(self.failing[int(index)])
             kwargs["device"] = "cpu"
         return function(*args, **kwargs)
+
+
+STARTED = []  # the processes of a test
 
 
 def script_process(script, flags, folder, environment, number, before):
@@ -86,12 +90,12 @@ def start(script, flags, folder=".", number=0, before=None, **environment):
     Its output goes into the files out-0 and err-0, or of another number.
     """
     os.makedirs(folder, exist_ok=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join([REPOSITORY, TESTS])  # not sys.path, on Python 3.11
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers"])
     args = script, flags, os.path.abspath(folder), environment, number, before
     process = context.Process(target=script_process, args=args)
     process.start()
+    STARTED.append(process)
     return process
 
 
@@ -169,6 +173,20 @@ def scalars(folder, tag):
     return [(e.step, e.value) for e in events(folder).Scalars(tag)]
 
 
+def curves(folder):
+    """Everything in a run's events that does not tell the time."""
+    found = {}
+    for where, _, files in os.walk(folder):
+        accumulator, part = events(where) if files else None, os.path.relpath(where, folder)
+        for tag in accumulator.Tags()["scalars"] if files else ():
+            if tag != "images_per_second":
+                found[part, tag] = [(e.step, e.value) for e in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["images"] if files else ():
+            images = [(e.step, e.encoded_image_string) for e in accumulator.Images(tag)]
+            found[part, tag] = images
+    return found
+
+
 def same_weights(path, other, tolerance=0.0):
     a, b = read(path)["model"], read(other)["model"]
     assert a.keys() == b.keys()
@@ -176,19 +194,30 @@ def same_weights(path, other, tolerance=0.0):
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
-def on_update(number, action):
-    """From here on, call action() when so many updates of the weights are done -> a handle."""
-    seen = itertools.count(1)
-    return register_optimizer_step_post_hook(lambda *_: action() if next(seen) == number else None)
-
-
 @contextlib.contextmanager
-def at_update(number, action):
-    handle = on_update(number, action)
+def each_update(action):
+    """Call action(optimizer) when an update of the weights is done, each time."""
+    handle = register_optimizer_step_post_hook(lambda optim, *_: action(optim))
     try:
         yield
     finally:
         handle.remove()
+
+
+def on_update(number, action):
+    """The same, but action() in one update only, counted from here; and for good."""
+    seen = itertools.count(1)
+    register_optimizer_step_post_hook(lambda *_: action() if next(seen) == number else None)
+
+
+def stop(number):
+    """The process is told to stop in that update."""
+    on_update(number, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+
+
+def at_update(number, action):
+    seen = itertools.count(1)
+    return each_update(lambda _: action() if next(seen) == number else None)
 
 
 def signal_at_update(signal_number, number):
@@ -198,7 +227,7 @@ def signal_at_update(signal_number, number):
 
 @contextlib.contextmanager
 def stopped_at_update(number):
-    """The run is stopped by a signal, and this is waited for."""
+    """Expect the run to be stopped by SIGTERM in that update."""
     with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, number):
         yield
 

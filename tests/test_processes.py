@@ -20,6 +20,7 @@ from helpers import (
     REPOSITORY,
     at_update,
     classify,
+    curves,
     finish,
     free_port,
     on_update,
@@ -27,9 +28,9 @@ from helpers import (
     pretrain,
     read,
     same_weights,
-    scalars,
     start,
     statuses,
+    stop,
     wait_for,
     write_cifar,
 )
@@ -46,14 +47,6 @@ RECIPE = "--augment --drop_path 0.2 --layer_decay 0.8 --train_images 55 --holdou
 SCRIPTS = {
     "mae_pretrain": [*PRETRAIN, *LAYOUT, "--augment", "--model_path", "model.pth"],
     "train_classifier": [*CLASSIFY, *LAYOUT, *RECIPE, "--output_model_path", "model.pth"],
-}
-CURVES = {
-    "mae_pretrain": {"mae-pretrain": "mae_loss"},
-    "train_classifier": {
-        f"scratch-cls/cls_{tag}_{part}": f"cls/{tag}"
-        for tag in ("loss", "acc")
-        for part in ("train", "val")
-    },
 }
 
 
@@ -98,10 +91,6 @@ def spoil(number):
     on_update(number, functools.partial(setattr, model.MAE_ViT, "forward", spoiled))
 
 
-def stop(number):
-    on_update(number, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
-
-
 def fail(number):
     """A bug; and what NCCL does at the end where the others do not answer."""
 
@@ -112,14 +101,13 @@ def fail(number):
     torch.distributed.destroy_process_group = functools.partial(time.sleep, 1000)
 
 
-def launch(script, flags, folder, n=1, fault=count_bytes, others=count_bytes, flags_of_last=()):
-    """Start a script in n processes, the last with a fault and flags of its own."""
+def launch(script, flags, folder, n=1, last=count_bytes, others=count_bytes, flags_of_last=()):
+    """Start a script in n processes, the last with flags and something to do first of its own."""
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for i in range(n):
-        last = i == n - 1
-        own = [*flags, *(flags_of_last if last else ())]
-        before = fault if last else others
+        own = [*flags, *(flags_of_last if i == n - 1 else ())]
+        before = last if i == n - 1 else others
         place = {"RANK": str(i), "LOCAL_RANK": str(i)}
         started.append(start(script, own, folder, number=i, before=before, **shared, **place))
     return started
@@ -139,9 +127,11 @@ def refused(script, flags, folder, n, flags_of_last=()):
 
 
 def same_run(script, folder, other, tolerance=1e-5):
-    for part, tag in CURVES[script].items():
-        a, b = (scalars(f"{f}/logs/shapes/{part}", tag) for f in (folder, other))
-        assert len(b) == 3 and a == [(e, pytest.approx(x, rel=tolerance)) for e, x in b], tag
+    a, b = (curves(f"{f}/logs/shapes") for f in (folder, other))
+    assert a.keys() == b.keys()
+    for name in a.keys() - {("mae-pretrain", "mae_image")}:
+        assert len(b[name]) == 3
+        assert a[name] == [(step, pytest.approx(x, rel=tolerance)) for step, x in b[name]], name
     same_weights(f"{folder}/model.pth", f"{other}/model.pth", tolerance)
     metrics = [read(f"{f}/model.pth")["metrics"] for f in (folder, other)]
     if script == "train_classifier":  # every validation image is counted once
@@ -253,6 +243,19 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def die(number):
+    on_update(number, functools.partial(os.kill, os.getpid(), signal.SIGKILL))
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on():
+    flags = [*SCRIPTS["mae_pretrain"], "--save_minutes", "0"]
+    assert train("mae_pretrain", flags, "a", 2, functools.partial(die, 7)) == [1, -9]
+    assert "error: another process has failed" in output("a")
+    assert read("a/model.state.pth")["epoch"] == 1
+    assert finish("mae_pretrain", [*flags, "--resume"], "a") == finish("mae_pretrain", flags) == 0
+    same_weights("a/model.pth", "model.pth", 1e-5)
+
+
 def test_a_bug_in_one_process_shows_its_traceback_and_ends_all():
     """Even if destroying the process group hangs, as NCCL's does where the others do not answer."""
     flags, failing = SCRIPTS["mae_pretrain"], functools.partial(fail, 3)
@@ -326,43 +329,43 @@ def kill(job):
     job.join()
 
 
+def end(job):
+    """Wait for a torchrun -> its exit status."""
+    job.join(120)
+    kill(job)
+    return job.exitcode
+
+
 LONG = [*SCRIPTS["mae_pretrain"], "--total_epoch", "100000", "--save_minutes", "0.001"]
 LONG += ["--dataset", "folder", "--data_path", "../images"]
 
 
 def test_torchrun_prints_an_error_of_all_processes_once():
     job = torchrun("job", ["--standalone", "--nproc_per_node=2"], "--batch_size", "x")
-    assert statuses([job]) != [0]
+    assert end(job) == 1
     lines = [x for x in output("job").splitlines() if x.startswith("mae_pretrain.py: error: ")]
     assert len(lines) == 1 and "invalid int value: 'x'" in lines[0]
 
 
-def test_a_machine_and_then_a_process_is_lost_and_the_rest_resumed():
+def test_a_run_survives_the_loss_of_a_machine():
     """Two agents on the loopback, as `--nnodes=2` starts them on two machines; then one agent."""
     os.mkdir("images")
     for i in range(52):
         Image.new("RGB", (32, 32), (i, 5 * i, 0)).save(f"images/{i}.png")
     where = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{free_port()}".split()
     where += ["--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1"]
-    jobs = [torchrun("job", where, *LONG, number=i) for i in range(2)]
+    jobs, state = [torchrun("job", where, *LONG, number=i) for i in range(2)], "job/model.state.pth"
     try:
-        wait_for(lambda: os.path.exists("job/model.pth"))
+        wait_for(lambda: os.path.exists("job/model.pth") and read(state)["epoch"] > 0)
         kill(jobs[1])
-        assert statuses(jobs[:1]) != [0]
-        saved = read("job/model.state.pth")["epoch"]
-        assert saved > 0
-        flags = ["--standalone", "--nproc_per_node=2"]
-        jobs.append(torchrun("job", flags, "--model_path", "model.pth", "--resume"))
-        wait_for(lambda: read("job/model.state.pth")["epoch"] > saved)
-        os.kill(children(jobs[2].pid)[-1], signal.SIGKILL)
-        assert statuses(jobs[2:]) != [0]
+        assert end(jobs[0]) == 1
+        torch.save(read(state) | {"epoch": 99_999}, state)
+        one, resume = ["--standalone", "--nproc_per_node=2"], ["--model_path", "model.pth"]
+        jobs.append(torchrun("job", one, *resume, "--resume"))
+        assert end(jobs[2]) == 0
     finally:
         for job in jobs:
             kill(job)
-    resume = ["--model_path", "model.pth", "--resume"]
-    state = read("job/model.state.pth")
-    torch.save(state | {"epoch": 99_999}, "job/model.state.pth")
-    assert finish("mae_pretrain", resume, "job") == 0
     assert read("job/model.pth")["epoch"] == 100_000
 
 
@@ -371,7 +374,7 @@ def test_a_machine_and_then_a_process_is_lost_and_the_rest_resumed():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_gpus_in_one_process(script, precision):
     """DataParallel; `-k cuda` leaves it out."""
-    flags = [*SCRIPTS[script], "--precision", precision, "--model_path", "model.pth"]
+    flags = [*SCRIPTS[script], "--precision", precision]
     assert finish(script, flags, "cpu") == 0
     cuda = [*flags, "--device", "cuda"]
     assert finish(script, cuda, "gpus", CUDA_VISIBLE_DEVICES="0,1") == 0
@@ -392,7 +395,14 @@ def test_an_update_waits_for_nothing(script, precision, device):
         pytest.skip("only a GPU is waited for")
     main = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = [*SCRIPTS[script], "--device", device, "--precision", precision, "--total_epoch", "1"]
-    error, default = (functools.partial(torch.cuda.set_sync_debug_mode, x) for x in (2, 0))
+    flags += ["--norm_pix_loss"] if script == "mae_pretrain" else []
+    default = functools.partial(torch.cuda.set_sync_debug_mode, "default")
+
+    def error():
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError):
+            torch.ones(1, device="cuda").item()
+
     # From the end of the second update, as the first may wait, to the end of the epoch's last.
     try:
         with at_update(2, error), at_update(4, default):

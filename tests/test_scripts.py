@@ -1,6 +1,7 @@
 """Both scripts, through their command lines: what they write, print and refuse."""
 
 import functools
+import gc
 import glob
 import io
 import os
@@ -10,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    CLASSIFY,
     PRETRAIN,
     REPOSITORY,
     TOLERANCE,
     GPUs,
     classify,
+    each_update,
     events,
     finish,
     output,
@@ -32,7 +36,6 @@ from helpers import (
     write_cifar,
 )
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mae_pretrain
 import train_classifier
@@ -213,18 +216,8 @@ def test_other_masks_in_the_pictures():
     assert len(pictures) == 3
 
 
-def test_a_narrow_decoder_through_both_scripts():
-    pretrain("--decoder_dim", "8", "--decoder_head", "2")
-    file = read("vit-t-mae.pth")
-    assert file["architecture"]["decoder_dim"] == 8
-    assert file["model"]["decoder.mask_token"].shape == (1, 1, 8)
-    classify("--pretrained_model_path", "vit-t-mae.pth", "--total_epoch", "1")
-    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save("white.png")
-    mae_pretrain.main(mae_pretrain.get_args(["--reconstruct", "white.png"]))
-
-
 def test_norm_pix_loss_and_one_image(tmp_path):
-    """A flat patch is all mean, which the reconstruction is told: it comes back as it was."""
+    """The reconstruction is told each patch's mean: a patch of one grey comes back as it was."""
     greys = np.random.default_rng(0).integers(150, 256, (4, 4), dtype=np.uint8)
     Image.fromarray(greys.repeat(8, 0).repeat(8, 1)).save(tmp_path / "only.png")
     flags = ["--dataset", "folder", "--data_path", str(tmp_path), "--train_images", "1"]
@@ -262,24 +255,6 @@ def test_cifar_through_both_scripts(name, monkeypatch):
     assert read("cls.pth")["classes"] == [f"class {i}" for i in range(int(name[5:]))]
 
 
-def test_processes_of_their_own_on_real_files(tmp_path):
-    for part, n in (("train", 6), ("test", 3)):
-        for name in ("bright", "dark"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(n):
-                value = 20 * i + (128 if name == "bright" else 0)
-                img = np.full((20, 30, 3), value, np.uint8)
-                Image.fromarray(img).save(tmp_path / part / name / f"{i}.png")
-    flags = "--image_size 16 --train_images 12 --dataset folder --data_path .".split()
-    assert finish("mae_pretrain", [*PRETRAIN, *flags, "--precision", "auto"]) == 0
-    assert "2/2" in output(names=["out"]) and "mae_loss" not in output(names=["err"])
-    flags = "--dataset folder --data_path . --total_epoch 1".split()
-    flags += ["--pretrained_model_path", "vit-t-mae.pth", "--device", "cpu"]
-    assert finish("train_classifier", flags) == 0
-    assert "accuracy on 6 validation images" in output(names=["out"])
-    assert [step for step, _ in scalars("logs/folder/mae-pretrain", "mae_loss")] == [0, 1]
-
-
 def test_help_states_the_rule(capsys):
     with pytest.raises(SystemExit) as stop:
         mae_pretrain.get_args(["--help"])
@@ -299,7 +274,7 @@ def test_help_tells_every_default(script, capsys):
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_what_does_not_fit_into_memory_is_halved_until_it_does(where, monkeypatch, capsys):
-    """As a GPU's memory is tried before the first update; here --compile is what asks for it."""
+    """On a GPU the first update is tried before it is made; with --compile on a CPU, too."""
     pretrain("--model_path", "whole.pth")
     forward, room, tried = MAE_ViT.forward, 5, []
 
@@ -367,7 +342,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(flags, message, capsys):
     text = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert message in text and len(text.strip().splitlines()) == 1
-    assert [name for name in os.listdir() if name != "out"] == ["file"]
+    assert os.listdir() == ["file"]
 
 
 def test_bad_pretrained_files(tmp_path):
@@ -464,48 +439,58 @@ def test_too_little_memory_is_one_line(flags, message, device, monkeypatch, caps
     if device == "cpu":
         assert finish("mae_pretrain", flags, before=little_memory) == 1
         line = output(names=["err"])
-    else:  # less than 60 images of the model's default width would fit
+    else:  # of this width not even the weights would fit
         monkeypatch.setattr(utils, "read_shapes", blank_images)
         flags += ["--emb_dim", "1536"] if "-bs" in flags else []
-        total = torch.cuda.get_device_properties(0).total_memory
+        gc.collect()
         torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(0.7e9 / total)
-        with pytest.raises(SystemExit), utils.one_line_errors():
-            mae_pretrain.main(mae_pretrain.get_args(flags))
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        try:
+            with pytest.raises(SystemExit), utils.one_line_errors():
+                mae_pretrain.main(mae_pretrain.get_args(flags))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
         line = capsys.readouterr().err
     assert message in line and len(line.splitlines()) == 1, line
 
 
-def close_output():
-    os.close(1)
-    sys.stdout = None  # as Python begins where it is closed
-
-
 def test_closed_standard_output():
-    assert finish("mae_pretrain", [*PRETRAIN, "--total_epoch", "1"], before=close_output) == 0
-    assert output() == "" and read("vit-t-mae.pth")["epoch"] == 1
+    """And a whole run in a process that nothing was imported into before."""
+    path = os.path.join(REPOSITORY, "train_classifier.py")
+    command = f"{sys.executable} {path} {' '.join(CLASSIFY)} --total_epoch 1 >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and read("cls.pth")["epoch"] == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of a process")
-def test_ctrl_c_during_the_imports_prints_nothing():
-    command = [sys.executable, os.path.join(REPOSITORY, "train_classifier.py"), "--eval", "x"]
+@pytest.mark.parametrize("script", ["mae_pretrain.py", "train_classifier.py"])
+def test_ctrl_c_during_the_imports_prints_nothing(script):
+    command = [sys.executable, os.path.join(REPOSITORY, script), "--resume"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def has_begun():
         with open(f"/proc/{process.pid}/maps") as file:
             return "libtorch" in file.read()
 
-    wait_for(has_begun)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == b"" and process.returncode == -signal.SIGINT
+    try:
+        wait_for(has_begun)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == b"" and process.returncode == -signal.SIGINT
+    finally:
+        process.kill()
+
+
+def developing():
+    """What `python -X dev` sets."""
+    flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
+    sys.flags = types.SimpleNamespace(**flags | {"dev_mode": True})
 
 
 def test_python_shows_the_traceback_of_an_error_if_asked():
-    command = [sys.executable, "-X", "dev", f"{REPOSITORY}/mae_pretrain.py", "--dataset", "folder"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    assert "InputError: there is no folder data" in done.stderr
+    assert finish("mae_pretrain", ["--dataset", "folder"], before=developing) == 1
+    text = output(names=["err"])
+    assert "Traceback" in text and "InputError: there is no folder data" in text
 
 
 @pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
@@ -617,7 +602,9 @@ def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
         graphs.append(graph)
         if device == "cpu":
             return graph.forward
-        return torch._inductor.compile_fx.compile_fx(graph, example)
+        from torch._inductor.compile_fx import compile_fx  # takes a second
+
+        return compile_fx(graph, example)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     flags = "--total_epoch 3 --base_learning_rate 3e-3 --device".split() + [device]
@@ -709,7 +696,6 @@ def test_a_batch_of_more_images_than_there_are_is_warned_about(capsys):
 def test_every_epoch_tells_the_time_that_is_left(script, capsys, monkeypatch):
     now, updates = [1000.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    handle = register_optimizer_step_post_hook(lambda *_: now.__setitem__(0, now[0] + updates[-1]))
     for seconds, words in (
         (1800, ["4 h 30 min", "3 h 0 min", "1 h 30 min", "0 s"]),  # 3 updates an epoch
         (9.8, ["88 s", "59 s", "29 s", "0 s"]),
@@ -717,7 +703,25 @@ def test_every_epoch_tells_the_time_that_is_left(script, capsys, monkeypatch):
         (20_000, ["2 days", "33 h 20 min", "16 h 40 min", "0 s"]),
     ):
         updates.append(seconds)
-        script("--total_epoch", "4")
+        with each_update(lambda _: now.__setitem__(0, now[0] + updates[-1])):
+            script("--total_epoch", "4")
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("epoch ")]
         assert [line.rpartition(", ")[2] for line in lines] == [f"{x} left" for x in words]
-    handle.remove()
+
+
+def test_a_gpu_gets_the_micro_batch_that_fits():
+    blocks = [(65, 192)] * 12 + [(257, 192)] * 4  # of pretraining
+    for precision, gigabytes, micro_batch in (
+        ("bf16", 79, 1024), ("fp16", 14.5, 512), ("fp32", 14.5, 256), ("bf16", 5.2, 128),
+    ):  # fmt: skip
+        found = utils.choose_micro_batch_size(4096, None, precision, blocks, gigabytes * 1e9)
+        assert found == micro_batch
+
+
+def test_a_cpu_uses_the_threads_that_help(monkeypatch):
+    monkeypatch.setattr(utils, "THREADS", 8)
+    for flags, threads in (([], 1), (["--patch_size", "4", "--emb_dim", "192"], 2)):
+        found = []
+        with each_update(lambda _: found.append(torch.get_num_threads())):  # noqa: B023
+            pretrain(*flags, "--total_epoch", "1")
+        assert set(found) == {threads}

@@ -3,9 +3,9 @@
     MAE_SOURCE=CHECKOUT python -m pytest tests/test_trace.py -k table -s
 
 runs those again and prints the table at the end anew. CHECKOUT is one of
-github.com/IcarusWizard/MAE, whose mask covers all hidden patches. Its scripts run as they stand,
-but for what PyTorch no longer takes, with a small model as their default, and with our order and
-masks in the place of what they would draw.
+github.com/IcarusWizard/MAE, not of its translation, whose mask lacks a patch. Its scripts run as
+they stand, but for what PyTorch no longer takes, with a small model as their default, and with
+our order and masks in the place of what they would draw.
 """
 
 import functools
