@@ -373,11 +373,15 @@ def test_predict_images_without_labels(capsys):
             evaluate(*flags)
 
 
+def own_images(train, val):
+    """An image for each class of the two parts."""
+    for name in (*(f"train/{x}" for x in train), *(f"val/{x}" for x in val)):
+        os.makedirs(f"mine/{name}")
+        Image.new("RGB", (32, 32), "red").save(f"mine/{name}/1.png")
+
+
 def test_eval_takes_the_dataset_of_the_file(capsys):
-    for part in ("train", "val"):
-        for name in ("a", "b"):
-            os.makedirs(f"mine/{part}/{name}")
-            Image.new("RGB", (32, 32), "red").save(f"mine/{part}/{name}/1.png")
+    own_images("ab", "ab")
     flags = "--dataset folder --data_path mine --train_images 2 --total_epoch 1".split()
     classify(*flags)
     evaluate("--eval", "cls.pth")
@@ -393,10 +397,7 @@ def test_eval_takes_the_dataset_of_the_file(capsys):
 
 
 def test_eval_needs_no_training_images(capsys):
-    for part, classes in (("train", "abc"), ("val", "ac")):
-        for name in classes:
-            os.makedirs(f"mine/{part}/{name}")
-            Image.new("RGB", (32, 32), "red").save(f"mine/{part}/{name}/1.png")
+    own_images("abc", "ac")
     classify("--dataset", "folder", "--data_path", "mine", "--train_images", "3")
     evaluate("--eval", "cls.pth")
     lines = [x for x in capsys.readouterr().out.splitlines() if re.match("[abc]: |accuracy on", x)]

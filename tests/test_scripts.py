@@ -236,7 +236,7 @@ def test_demo_sets_defaults_and_flags_win():
     assert (args.seed, args.batch_size, args.max_device_batch_size) == (42, 4096, None)
     assert (args.base_learning_rate, args.weight_decay, args.mask_ratio) == (1.5e-4, 0.05, 0.75)
     assert (args.total_epoch, args.warmup_epoch) == (2000, 200)
-    assert args.model_path == "vit-t-mae.pth" and args.dataset == "cifar10"
+    assert (args.model_path, args.dataset) == ("vit-t-mae.pth", "cifar10")
     args = train_classifier.get_args([])
     assert (args.seed, args.batch_size, args.max_device_batch_size) == (2022, 128, None)
     assert (args.base_learning_rate, args.weight_decay) == (1e-3, 0.05)
@@ -255,18 +255,14 @@ def test_cifar_through_both_scripts(name, monkeypatch):
     assert read("cls.pth")["classes"] == [f"class {i}" for i in range(int(name[5:]))]
 
 
-def test_help_states_the_rule(capsys):
-    with pytest.raises(SystemExit) as stop:
-        mae_pretrain.get_args(["--help"])
-    assert stop.value.code == 0
-    assert "base_learning_rate * batch_size / 256" in " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
-def test_help_tells_every_default(script, capsys):
-    with pytest.raises(SystemExit):
+def test_help_tells_the_rule_and_every_default(script, capsys):
+    with pytest.raises(SystemExit) as stop:
         script.get_args(["--help"])
-    _, *flags = capsys.readouterr().out.split("\n  -")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "base_learning_rate * batch_size / 256" in " ".join(text.split())
+    _, *flags = text.split("\n  -")
     assert len(flags) > 20
     for flag in flags[1:]:  # the first is --help
         assert re.search(r"\((.+; )?default: (?!None)", " ".join(flag.split())), flag
@@ -311,9 +307,7 @@ BAD_FLAGS = [
     ("--max_device_batch_size -1", "--max_device_batch_size"),
     ("--total_epoch 0", "--total_epoch"),
     ("--patch_size 5", "image size 32 is no multiple of patch size 5"),
-    ("--decoder_dim 0", "--decoder_dim"),
     ("--masking blocks", "--masking"),
-    ("--keep_every 0", "--keep_every"),
     ("--dataset imagenet", "--dataset"),
     ("--dataset folder", "there is no folder data: give that of your images with --data_path"),
     ("--dataset cifar10 --image_size 64", "32x32: for images of your own add --dataset folder"),
@@ -321,7 +315,6 @@ BAD_FLAGS = [
     ("--model_path .", "not the name of a model file"),
     ("--model_path file/mae.pth", "cannot write"),
     ("--log_dir file", "file"),
-    ("--seed x", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
     ("--mask_ratio 1e-9", "hides no patch"),
     ("--model_path=", "not the name of a model file"),
