@@ -120,7 +120,9 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
         next_second()
         process = start(script, [*flags, *["--resume"] * bool(before)], "killed", before=slow)
         if kill % 3 < 2:  # most while it trains, some while it starts
-            wait_for(lambda: (os.path.exists(state) and os.stat(state).st_mtime_ns) != before)  # noqa: B023
+            wait_for(
+                lambda old=before: old != (os.path.exists(state) and os.stat(state).st_mtime_ns)
+            )
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -139,8 +141,8 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     all_steps_once(folders[0], 20)
     load_fast = "true" if script == "mae_pretrain" else "false"  # TensorBoard has two readers
     names = {(os.path.normpath(f"{log}/{part}"), tag) for part, tag in curves(folders[0])}
-    scalars_ = dict.fromkeys(names - {(log, "mae_image")}, list(range(20)))
-    wait_for_tensorboard("killed/logs/shapes", load_fast, scalars_)
+    expected = dict.fromkeys(names - {(log, "mae_image")}, list(range(20)))
+    wait_for_tensorboard("killed/logs/shapes", load_fast, expected)
     results = [read(f"{f}/{name}.state.pth")["results"] for f in ("killed", "undisturbed")]
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     expected = {"logs", f"{name}.pth", f"{name}.state.pth", "out-0", "err-0"} | kept

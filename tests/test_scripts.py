@@ -715,6 +715,6 @@ def test_a_cpu_uses_the_threads_that_help(monkeypatch):
     monkeypatch.setattr(utils, "THREADS", 8)
     for flags, threads in (([], 1), (["--patch_size", "4", "--emb_dim", "192"], 2)):
         found = []
-        with each_update(lambda _: found.append(torch.get_num_threads())):  # noqa: B023
+        with each_update(lambda _, found=found: found.append(torch.get_num_threads())):
             pretrain(*flags, "--total_epoch", "1")
         assert set(found) == {threads}
