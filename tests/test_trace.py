@@ -204,7 +204,7 @@ def our_trace(script, curves):
 
 
 def same_weights(found, expected):
-    """Measured: 2.4e-7 of a tensor's norm, with PyTorch's code for AVX512, for AVX2, for neither."""
+    """Measured: 2.4e-7 of a tensor's norm, with PyTorch's code for AVX512, AVX2 and neither."""
     assert found.keys() == expected.keys()
     for name, row in expected.items():
         assert found[name] == pytest.approx(row, rel=0, abs=1e-5 * row[0]), name
