@@ -32,7 +32,7 @@ import model
 import train_classifier
 import utils
 
-SOURCE = os.environ.get("MAE_SOURCE")
+SOURCE = "MAE_SOURCE" in os.environ and os.path.abspath(os.environ["MAE_SOURCE"])
 SCRIPTS = {"mae_pretrain": mae_pretrain, "train_classifier": train_classifier}
 KINDS = {"mae_pretrain": "MAE_ViT", "train_classifier": "ViT_Classifier"}
 OUTPUT = {"mae_pretrain": "vit-t-mae", "train_classifier": "vit-t-classifier-from_scratch"}
