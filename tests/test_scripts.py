@@ -588,7 +588,7 @@ def test_the_oldest_gpu_sets_the_precision(monkeypatch):
 
 
 def test_compiled_for_one_shape_without_graph_breaks(device, monkeypatch):
-    """Same result, two graphs in all; on a CPU with a backend that needs no compiler."""
+    """Same result, one graph to train with; on a CPU with a backend that needs no compiler."""
     graphs = []
 
     def backend(graph, example):
