@@ -152,6 +152,8 @@ def processes():
         yield
     finally:
         if dist.is_initialized():
+            # PyTorch 2.6 may wait for ever for a thread of gloo that still lets go of tensors.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
