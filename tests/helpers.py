@@ -27,8 +27,7 @@ import mae_pretrain
 import train_classifier
 import utils
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
-REPOSITORY = os.path.dirname(TESTS)
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = "--patch_size 8 --emb_dim 24 --encoder_layer 1 --device cpu --precision fp32".split()
 PRETRAIN = [*TINY, *"--dataset shapes --train_images 60 --decoder_layer 1 -bs 25".split()]
 PRETRAIN += "--max_device_batch_size 16 --total_epoch 2 --warmup_epoch 1".split()
@@ -177,11 +176,12 @@ def curves(folder):
     """Everything in a run's events that does not tell the time."""
     found = {}
     for where, _, files in os.walk(folder):
-        accumulator, part = events(where) if files else None, os.path.relpath(where, folder)
-        for tag in accumulator.Tags()["scalars"] if files else ():
-            if tag != "images_per_second":
-                found[part, tag] = [(e.step, e.value) for e in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["images"] if files else ():
+        if not files:
+            continue
+        accumulator, part = events(where), os.path.relpath(where, folder)
+        for tag in set(accumulator.Tags()["scalars"]) - {"images_per_second"}:
+            found[part, tag] = [(e.step, e.value) for e in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["images"]:
             images = [(e.step, e.encoded_image_string) for e in accumulator.Images(tag)]
             found[part, tag] = images
     return found
@@ -204,25 +204,30 @@ def each_update(action):
         handle.remove()
 
 
-def on_update(number, action):
-    """The same, but action() in one update only, counted from here; and for good."""
+def only_in(number, action):
+    """A function that calls action() when it is called for that time."""
     seen = itertools.count(1)
-    register_optimizer_step_post_hook(lambda *_: action() if next(seen) == number else None)
-
-
-def stop(number):
-    """The process is told to stop in that update."""
-    on_update(number, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+    return lambda *_: action() if next(seen) == number else None
 
 
 def at_update(number, action):
-    seen = itertools.count(1)
-    return each_update(lambda _: action() if next(seen) == number else None)
+    """Call action() in that update only, counted from here."""
+    return each_update(only_in(number, action))
+
+
+def on_update(number, action):
+    """The same in a process that ends with the run: for good."""
+    register_optimizer_step_post_hook(only_in(number, action))
+
+
+def stop(number, signal_number=signal.SIGTERM):
+    """The process gets a signal in that update."""
+    on_update(number, functools.partial(os.kill, os.getpid(), signal_number))
 
 
 def signal_at_update(signal_number, number):
-    """Send the process a signal while an update is under way."""
-    return at_update(number, lambda: os.kill(os.getpid(), signal_number))
+    """Send this process a signal while an update is under way."""
+    return at_update(number, functools.partial(os.kill, os.getpid(), signal_number))
 
 
 @contextlib.contextmanager

@@ -243,13 +243,10 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all():
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def die(number):
-    on_update(number, functools.partial(os.kill, os.getpid(), signal.SIGKILL))
-
-
 def test_a_killed_process_ends_the_others_and_the_run_goes_on():
     flags = [*SCRIPTS["mae_pretrain"], "--save_minutes", "0"]
-    assert train("mae_pretrain", flags, "a", 2, functools.partial(die, 7)) == [1, -9]
+    dying = functools.partial(stop, 7, signal.SIGKILL)
+    assert train("mae_pretrain", flags, "a", 2, dying) == [1, -9]
     assert "error: another process has failed" in output("a")
     assert read("a/model.state.pth")["epoch"] == 1
     assert finish("mae_pretrain", [*flags, "--resume"], "a") == finish("mae_pretrain", flags) == 0
