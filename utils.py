@@ -272,7 +272,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
         help="of matrix products; auto: bf16 where native, else fp16 on a GPU, else fp32")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the model (default: on one GPU, from 3 million images x epochs on)")
+        help="torch.compile the training (default: on one GPU, from 3 million images x epochs on)")
     add = parser.add_argument_group("output").add_argument
     add(model_flag, type=model_file, help="the model file; other files of the run go beside it")
     add("--log_dir", default="logs", help="curves go into <log_dir>/<dataset>/<run_name>")
@@ -673,20 +673,29 @@ def configure_process(device, threads):
 
 
 class Accelerated(torch.nn.Module):
-    """A module under autocast, with fast attention, and compiled for inputs of `compiled_size`.
+    """A module under autocast, with fast attention; compiled, to train with `compiled_size` inputs.
 
-    Other sizes run uncompiled: each takes long to compile. Autocast is entered in here, as the
-    threads of DataParallel do not inherit it.
+    All else runs uncompiled: other sizes, as each takes long to compile, and evaluation. Autocast
+    is entered in here, as the threads of DataParallel do not inherit it.
     """
 
-    def __init__(self, module, device, precision, compile=False):
+    def __init__(self, module, device, precision):
         super().__init__()
         self.module, self.device_type, self.precision = module, device.type, precision
-        self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True) if compile else None
-        self.compiled_size = None
+        self.compiled = self.compiled_size = None
         for layer in module.modules():
             if hasattr(layer, "fused_attn"):  # timm's: PyTorch's is slow in 16 bits on a CPU
                 layer.fused_attn = device.type == "cuda" or precision == "fp32"
+
+    def compile_for(self, size, graphs):
+        """graphs: of CUDA, which launch the kernels of a pass all at once: a GPU outruns its host.
+
+        They are for updates of one micro-batch: a graph's gradients replace those before, where
+        several should add up (pytorch/pytorch#96693).
+        """
+        mode = "reduce-overhead" if graphs else None
+        self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True, mode=mode)
+        self.compiled_size = size
 
     def run(self, *inputs):
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
@@ -696,19 +705,32 @@ class Accelerated(torch.nn.Module):
     def forward(self, *inputs):
         if len(inputs[0]) == 0:  # an empty shard, for which some attention kernels fail
             return self.run(*(x.new_zeros(1, *x.shape[1:]) for x in inputs))[:0]
-        return (self.compiled if len(inputs[0]) == self.compiled_size else self.run)(*inputs)
+        if len(inputs[0]) != self.compiled_size or not torch.is_grad_enabled():
+            return self.run(*inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(*inputs).clone()  # the next pass of a graph overwrites its output
 
 
-def try_micro_batch(net, accelerated, example, size, n, must_compile):
-    """-> the size, halved until a trial pass, of n * size images, fits in every process. What then
-    does not compile runs uncompiled, with a warning, or is an InputError if it must.
+def try_micro_batch(net, accelerated, example, size, n, compile, args):
+    """-> the size, halved until a trial pass, of n * size images, fits in every process.
+
+    What then does not compile, or computes something else than before, runs uncompiled, with a
+    warning, or is an InputError if args.compile asks for it.
     """
+    training = accelerated.module.training
 
-    def trial():  # changes nothing; what it has allocated is freed, even if it fails
-        with memory_for(), torch.set_grad_enabled(accelerated.module.training):
-            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example)).sum()
+    def trial():
+        """A pass that changes nothing -> of an image, its output squared, and that's gradient.
+
+        What the pass has allocated is freed, even if it fails.
+        """
+        with memory_for(), torch.set_grad_enabled(training):
+            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example))
+            output, gradients = output.float().square().sum(), []
             if output.requires_grad:
-                torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+                gradients = torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
+            norms = [x.float().norm() for x in gradients if x is not None]
+            return torch.stack([output.detach(), *norms]) / (size * n)
 
     while size > 1:
         with contextlib.suppress(InputError):
@@ -717,12 +739,19 @@ def try_micro_batch(net, accelerated, example, size, n, must_compile):
         size //= 2
         torch.cuda.empty_cache()
     size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
-    if accelerated.compiled:
-        accelerated.compiled_size = size
+    if compile and training:
+        one_pass = world_size() == 1 and size >= args.batch_size
+        on_nvidia = accelerated.device_type == "cuda" and not torch.version.hip
         try:
-            trial()
+            expected = trial()
+            accelerated.compile_for(size, graphs=on_nvidia and one_pass)
+            for _ in range(3):  # a graph is compiled, recorded and replayed
+                values = trial().where(expected.isfinite(), expected)
+            error = (values - expected).norm() / expected.norm()
+            if not error < 0.1:
+                raise RuntimeError(f"its outputs and gradients are then wrong by {error:.0%}")
         except Exception as error:  # no compiler, an old GPU, Windows, ...
-            if must_compile:
+            if args.compile:
                 raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
             print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
             accelerated.compiled_size = None
@@ -751,12 +780,12 @@ def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=
     limit = args.max_device_batch_size or (None if on_gpu else cpu_limit)
     size = choose_micro_batch_size(share, limit, precision, blocks, free)
     configure_process(device, threads=max(1, size * widest(blocks) // 2**16))
-    net = accelerated = Accelerated(module.to(device), device, precision, compile)
+    net = accelerated = Accelerated(module.to(device), device, precision)
     if n > 1:
         net = DataParallel(net, devices)
         print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
     if on_gpu or compile:
-        size = try_micro_batch(net, accelerated, example, size, n, args.compile)
+        size = try_micro_batch(net, accelerated, example, size, n, compile, args)
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
         name = f"{world_size()} processes, {name} each"
