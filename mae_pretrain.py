@@ -18,7 +18,6 @@ import sys
 if __name__ == "__main__" and "IPython" not in sys.modules:  # Ctrl-C ends the imports silently
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import inspect
 import math
 import os
@@ -30,11 +29,10 @@ from torchvision.transforms.functional import to_tensor
 
 import utils
 from model import MAE_ViT, count_visible
-from train_classifier import load_model
 
 DEMO = dict(
     dataset="shapes", patch_size=8, emb_dim=64, encoder_layer=4, encoder_head=4, decoder_layer=1,
-    decoder_head=4, mask_ratio=0.5, batch_size=64, base_learning_rate=8e-3, total_epoch=16,
+    decoder_head=4, mask_ratio=[0.5], batch_size=64, base_learning_rate=8e-3, total_epoch=16,
     warmup_epoch=1, model_path="vit-t-mae-demo.pth",
 )  # fmt: skip
 AFTER_DEMO = """
@@ -43,13 +41,6 @@ See next what pretraining is worth with 500 labels, from scratch and pretrained:
     python train_classifier.py --demo
     python train_classifier.py --demo --pretrained_model_path {model_path} --output_model_path \
 vit-t-classifier-demo-pretrained.pth"""
-
-
-class OneOrMore(argparse.Action):
-    """For nargs="+": a single value is stored by itself, several as a list."""
-
-    def __call__(self, parser, namespace, values, _):
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def get_args(argv=None):
@@ -67,8 +58,8 @@ def get_args(argv=None):
     add("--decoder_dim", type=utils.positive_int, metavar="N",
         help="width of the decoder; a multiple of its heads (default: emb_dim)")
     open_ratio = utils.checked(float, lambda x: 0 < x < 1, "between 0 and 1, both excluded")
-    add("--mask_ratio", type=open_ratio, default=0.75, nargs="+", action=OneOrMore,
-        help="fraction of the patches that is masked; several values only with --reconstruct")
+    add("--mask_ratio", type=open_ratio, nargs="+", metavar="RATIO",
+        help="fraction of the patches that is masked; several with --reconstruct (default: 0.75)")
     add("--masking", choices=["random", "block", "grid"], default="random",
         help="random patches; rectangles; at 0.75, all but one of each 2x2 (paper, Table 1f)")
     add("--norm_pix_loss", action="store_true",
@@ -79,7 +70,7 @@ def get_args(argv=None):
         help="no training: --model_path reconstructs an image or 16 of a folder (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
-        warmup_epoch=200, model_path="vit-t-mae.pth")
+        warmup_epoch=200, mask_ratio=[0.75], model_path="vit-t-mae.pth")
     # fmt: on
     args = parser.parse_args(argv)
     return utils.resume_args(parser, argv, "model_path") if args.resume else args
@@ -103,20 +94,22 @@ def block_noise(rand, grid, mask_ratio):
     in a ratio of up to 10 to 3. Of the last, the patches nearest to its centre are hidden; in BEiT
     it is drawn no larger than what is left to hide. If K rectangles do not suffice, they grow.
     """
-    area, shape, *place = rand.unbind(-1)  # [n,K] each
+    area, shape, top, left = rand.unbind(-1)  # [n,K] each
     smallest = min(16 / 196, mask_ratio)
     area = (smallest + (mask_ratio - smallest) * area) * grid**2  # in patches
     shape = (10 / 3) ** (2 * shape - 1)
-    distances = []  # from the centre, in rows and in columns, [n,K,grid] each; inside below 1
-    for side, start in zip((area * shape, area / shape), place, strict=True):
+
+    def distance(side, start):
+        """From the rectangle's centre, in halves of its side: below 1 inside of it. [n,K,grid]"""
         side = side.sqrt().round().clamp(1, grid)
         centre = (start * (grid - side + 1)).floor() + (side - 1) / 2
-        distances.append((torch.arange(grid) - centre[..., None]).abs() / (side[..., None] / 2))
-    rows, columns, K = *distances, rand.shape[1]
+        return (torch.arange(grid) - centre[..., None]).abs() / (side[..., None] / 2)
+
+    rows, columns, K = distance(area * shape, top), distance(area / shape, left), rand.shape[1]
     turn = torch.full((len(rand), grid**2), math.inf)  # when a patch is hidden
     for k in range(K):
-        distance = torch.maximum(rows[:, k, :, None], columns[:, k, None, :]).flatten(1)
-        turn = turn.minimum(torch.where(distance < 1, float(k), float(K)) + distance)
+        farther = torch.maximum(rows[:, k, :, None], columns[:, k, None, :]).flatten(1)
+        turn = turn.minimum(torch.where(farther < 1, float(k), float(K)) + farther)
     return -turn  # the model shows the patches of least noise
 
 
@@ -129,10 +122,11 @@ def grid_noise(rand, grid):
     levels = (grid - 1).bit_length()
     place = (rand * 2**levels).long()[..., None] + torch.arange(grid)  # [n,2,grid]
     y, x = place[:, 0, :, None], place[:, 1, None, :]
-    rank = torch.zeros(len(rand), grid, grid)
-    for level in range(levels):
-        rank = 4 * rank + 2 * ((y ^ x) >> level & 1) + (y >> level & 1)
-    return rank.flatten(1)
+    noise = torch.zeros(len(rand), grid, grid)
+    for level in range(levels):  # two bits for each of the coordinates': which of 2x2 it is
+        bit_y, bit_x = y >> level & 1, x >> level & 1
+        noise = 4 * noise + 2 * (bit_y ^ bit_x) + bit_y
+    return noise.flatten(1)
 
 
 class MAELoss(torch.nn.Module):
@@ -195,14 +189,14 @@ def reconstruction_grid(model, img, noise, patch_size, norm_pix_loss=False):
 
 def reconstruct_images(args):
     """--reconstruct: images through a trained model, masked and reconstructed at each ratio."""
-    model, architecture, content = load_model(args.model_path, "MAE_ViT")
+    model, architecture, content = utils.load_model(args.model_path, "MAE_ViT")
     norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
     path = utils.free_path(os.path.splitext(args.model_path)[0] + "-reconstructed.png")
     files = utils.list_images(args.reconstruct)[0]
     shown = [files[i] for i in utils.evenly_spaced(len(files), 16)]
     img = utils.to_float(utils.decode(shown, architecture["image_size"])[0])
     num_patches, columns, names = len(model.encoder.pos_embedding), [], []
-    for ratio in args.mask_ratio if isinstance(args.mask_ratio, list) else [args.mask_ratio]:
+    for ratio in args.mask_ratio:
         if count_visible(num_patches, ratio) == 0:
             raise utils.InputError(f"--mask_ratio {ratio} leaves no patch visible")
         model.encoder.shuffle.ratio = ratio
@@ -214,7 +208,7 @@ def reconstruct_images(args):
     images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
     picture, _ = utils.draw_images(images, len(names) + 1, [*names, "original"])
     if utils.rank() == 0:
-        utils.write_file(path, utils.png_bytes(to_tensor(picture)))
+        utils.write_file(path, utils.encode(to_tensor(picture)))
     utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 
@@ -235,101 +229,80 @@ def random_resized_crop(img, rand):
     return utils.warp(img, matrix, "bicubic", "border").clamp(-1, 1)
 
 
-def train_batch(net, optim, scaler, images, batch, noise, micro_batch_size, progress, crop=None):
-    """One update of the weights, by the mean loss of images[batch] under the masks of the noise.
+def losses(net, images, index, noise, **crop):
+    """The loss of each image of a micro-batch, [b]; net is a MAELoss.
 
-    net is a MAELoss; scaler a GradScaler, which does nothing but in fp16. batch holds indexes [N]
-    and noise is [N,T], on the host; with --augment, crop holds [N,5] for random_resized_crop.
+    index [b] of images, noise [b,T] of the masks; with --augment crop=[b,5], what
+    `random_resized_crop` takes.
     """
-    optim.zero_grad(set_to_none=True)
-    weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
-    inputs = utils.micro_batches(net, micro_batch_size, images.device, batch, noise, crop)
-    for index, own_noise, own_crop in inputs:
-        img = images[index]
-        if crop is not None:
-            img = random_resized_crop(utils.to_float(img), own_crop)
-        loss = net(img, own_noise)  # [b]
-        scaler.scale(loss.sum() * weight).backward()
-        progress.add(len(index), loss.detach().sum())
-    scaler.step(optim)
-    scaler.update()
+    img = images[index]
+    if crop:
+        img = random_resized_crop(utils.to_float(img), crop["crop"])
+    return net(img, noise)
 
 
 def main(args):
     utils.check_same_flags(args)
     if args.reconstruct:
         return reconstruct_images(args)
-    if isinstance(args.mask_ratio, list):
+    if len(args.mask_ratio) > 1:
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.print_settings("arguments", vars(args))
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
-    device = devices[0]
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
-    architecture["decoder_dim"] = decoder_dim = args.decoder_dim or args.emb_dim
+    architecture["mask_ratio"] = ratio = args.mask_ratio[0]
+    architecture["decoder_dim"] = args.decoder_dim or args.emb_dim
     model = MAE_ViT(**architecture)
     num_patches = len(model.encoder.pos_embedding)
-    num_visible = count_visible(num_patches, args.mask_ratio)
-    if num_visible == num_patches:
-        raise utils.InputError(f"--mask_ratio {args.mask_ratio} hides no patch of {num_patches}")
-    utils.download(args)
-    dataset = utils.load_dataset(args, device, need_classes=False)
+    if count_visible(num_patches, ratio) == num_patches:
+        raise utils.InputError(f"--mask_ratio {ratio} hides no patch of {num_patches}")
+    dataset = utils.load_dataset(args, devices[0], need_classes=False)
     images, num_images = dataset.train_images, len(dataset.train_images)
 
-    pixels = args.patch_size, args.norm_pix_loss
-    mae_loss = MAELoss(model, *pixels)
-    img = utils.to_float(images[:1]) if args.augment else images[:1]
-    blocks = [(1 + num_visible, args.emb_dim)] * args.encoder_layer
-    blocks += [(1 + num_patches, decoder_dim)] * args.decoder_layer
-    net, micro_batch_size, settings = utils.prepare_model(
-        mae_loss, devices, args, example=[img, torch.zeros(1, num_patches, device=device)],
-        blocks=blocks, num_images=args.total_epoch * num_images,
-    )  # fmt: skip
+    mae_loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
+    example = [utils.to_float(images[:1]) if args.augment else images[:1]]
+    example.append(torch.zeros(1, num_patches, device=devices[0]))
+    net = utils.Net(mae_loss, devices, args, example, num_images=args.total_epoch * num_images)
     optim = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+    training = utils.Training(model, net, optim, ["loss"])
+
+    def noise_of(n, rng):
+        return draw_noise(args.masking, n, num_patches, ratio, rng)
 
     # The same images and masks at every epoch; spread, as a folder is sorted by class.
     shown = dataset.val_images[utils.evenly_spaced(len(dataset.val_images), 16)]
-    rng = utils.generator("shown", args.seed)
-    shown_noise = draw_noise(args.masking, len(shown), num_patches, args.mask_ratio, rng).to(device)
+    shown_noise = noise_of(len(shown), utils.generator("shown", args.seed)).to(devices[0])
     png_path = os.path.splitext(args.model_path)[0] + ".png"
 
-    name, path = "mae-pretrain", args.model_path
-    with utils.start_run(args, name, path, model, optim, scaler, dataset) as run:
-        utils.describe_run(args, settings, model, dataset, run.curves.folder)
+    with utils.start_run(args, "mae-pretrain", args.model_path, training, dataset) as run:
+        utils.describe_run(args, training, dataset, run.curves.folder)
         for epoch in run.epochs():
-            lr = utils.set_learning_rate(optim, epoch, args)
+            utils.set_learning_rate(optim, epoch, args)
             model.train()
             order = torch.randperm(num_images, generator=utils.generator("order", args.seed, epoch))
-            for update, batch in run.updates(order.split(args.batch_size), ["loss"]):
+            for update, batch in run.updates(order.split(args.batch_size)):
                 # The masks, like the order, are a function of the seed, the epoch and the update.
                 rng = utils.generator("masks", args.seed, epoch, update)
-                noise = draw_noise(args.masking, len(batch), num_patches, args.mask_ratio, rng)
-                crop = torch.rand(len(batch), 5, generator=rng) if args.augment else None
-                train_batch(
-                    net, optim, scaler, images, batch, noise, micro_batch_size, run.progress, crop
-                )
-            results = run.progress.end()
+                rows = {"index": batch, "noise": noise_of(len(batch), rng)}
+                if args.augment:
+                    rows["crop"] = torch.rand(len(batch), 5, generator=rng)
+                for micro_batch in net.micro_batches(rows):
+                    training.backward(losses(net, images, **micro_batch), len(batch))
+                training.step()
+            train = training.progress.end()
 
             model.eval()
-            grid = reconstruction_grid(model, shown, shown_noise, *pixels)
-            run.check_finite(grid)
-            speed = run.progress.per_second
-            left = run.progress.time_left(args.total_epoch - epoch - 1)
-            scalars = {"mae_loss": results["loss"], "lr": lr, "images_per_second": speed}
-            run.curves.write(epoch, scalars, {"mae_image": grid})
-            utils.print_rank_0(
-                f"epoch {epoch + 1}/{args.total_epoch}: loss {results['loss']:.4f}, lr {lr:.2e}, "
-                f"{speed:,.0f} images/s{left}"
+            grid = reconstruction_grid(
+                model, shown, shown_noise, args.patch_size, args.norm_pix_loss
             )
-            kept = utils.kept_paths(args.model_path, epoch + 1, args.keep_every)
-            if run.end_epoch(save_now=bool(kept)):
-                more = {"epoch": epoch + 1, "metrics": results, "chosen": settings}
-                content = utils.model_bytes(model, architecture, args, **more)
-                files = dict.fromkeys([args.model_path, *kept], content)
-                run.save(files | {png_path: utils.png_bytes(grid)})
+            curves = {"mae_loss": train["loss"]}
+            run.report(f"loss {train['loss']:.4f}", curves, {"mae_image": grid})
+            more = {"epoch": epoch + 1, "metrics": train, "chosen": net.settings}
+            content = utils.model_content(model, architecture, args, **more)
+            run.end_epoch({args.model_path: content, png_path: grid}, kept=content)
     utils.print_rank_0(f"model: {args.model_path}, reconstructions: {png_path}")
     if args.demo:
         model_path = shlex.quote(args.model_path)

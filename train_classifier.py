@@ -32,8 +32,9 @@ from torch.nn.functional import avg_pool2d, cross_entropy, one_hot
 from torchvision.transforms.functional import to_tensor
 
 import utils
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+from model import ViT_Classifier
 
+load_model, predict, to_timm = utils.load_model, utils.predict, utils.to_timm  # as notebooks ask
 ENCODER = dict(image_size=32, patch_size=2, emb_dim=192, encoder_layer=12, encoder_head=3)
 # 500 labels, where mae_pretrain.py --demo saw 10,000 images.
 DEMO = dict(
@@ -86,79 +87,6 @@ def get_args(argv=None):
     return utils.resume_args(parser, argv, "output_model_path") if args.resume else args
 
 
-def unpack_module(module):
-    """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
-    architecture = {}
-    for name, part in module.named_modules():
-        if name.endswith("transformer.0.attn"):
-            architecture["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
-        if name.endswith("shuffle"):
-            architecture["mask_ratio"] = part.ratio
-    kind = "MAE_ViT" if "decoder_head" in architecture else "ViT_Classifier"
-    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
-
-
-def architecture_of(weights):
-    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
-
-    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
-    Raises KeyError for a tensor that is not there.
-    """
-    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
-    blocks = [name for name in weights if name.endswith("norm1.weight")]
-    encoder_layer = sum(name.startswith(f"{prefix}transformer.") for name in blocks)
-    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
-    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
-    architecture = {"image_size": math.isqrt(num_patches) * patch_size, "patch_size": patch_size}
-    architecture |= {"emb_dim": emb_dim, "encoder_layer": encoder_layer}
-    if prefix:
-        architecture["decoder_layer"] = len(blocks) - encoder_layer
-        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
-    elif "head.bias" in weights:
-        architecture["num_classes"] = len(weights["head.bias"])
-    return architecture
-
-
-def build_classifier(image_size, patch_size, emb_dim, encoder_layer, encoder_head, num_classes):
-    encoder = MAE_Encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head)
-    return ViT_Classifier(encoder, num_classes)
-
-
-def load_model(path, kind):
-    """Read a model file -> model, its architecture, the file's whole content.
-
-    kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
-    whole module as the original pickles it, maybe within DataParallel or torch.compile's. A bare
-    state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
-    0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
-    shapes and finite values.
-    """
-    content = utils.read_checkpoint(path)
-    with utils.as_input_error(f"{path} does not hold the weights of {kind}", Exception):
-        if isinstance(content, utils.InertModule):
-            content = unpack_module(content)
-        elif "fingerprint" in content:
-            raise ValueError(f"it is a run's state; its model is {path.replace('.state.', '.')}")
-        elif "model" not in content:
-            content = {"kind": kind, "model": content}
-        if content.get("kind") != kind:
-            raise ValueError(f"its kind is {content.get('kind')}")
-        weights = {}
-        for name, x in content["model"].items():
-            plain = isinstance(x, torch.Tensor) and x.is_floating_point()
-            if not plain or not x.isfinite().all():
-                raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
-            x = x.detach().float().clone(memory_format=torch.contiguous_format)
-            weights[name.replace("_orig_mod.", "").removeprefix("module.")] = x
-        # Sizes are those of the tensors, whatever the file claims.
-        claimed = {"encoder_head": 3} | content.get("architecture", {})
-        architecture = claimed | architecture_of(weights)
-        with torch.device("meta"):  # no memory: the weights are those of the file
-            model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
-        model.load_state_dict(weights, assign=True)
-    return model, architecture, content
-
-
 def make_encoder(args):
     """The encoder to train, new or from --pretrained_model_path -> MAE_Encoder, its sizes.
 
@@ -167,14 +95,14 @@ def make_encoder(args):
     path = None if args.resume else args.pretrained_model_path  # a state has the weights itself
     sizes = DEMO_ENCODER if args.demo else ENCODER
     if path:
-        mae, sizes, _ = load_model(path, "MAE_ViT")
+        mae, sizes, _ = utils.load_model(path, "MAE_ViT")
     asked = {name: getattr(args, name) for name in ENCODER if getattr(args, name)}
     for name, value in asked.items():
         if path and value != sizes[name]:
             raise utils.InputError(f"--{name} {value} does not fit {path}: it has {sizes[name]}")
     sizes = {name: sizes[name] for name in ENCODER} | asked
     new = args.from_scratch or not path
-    return MAE_Encoder(*sizes.values()) if new else mae.encoder, sizes
+    return utils.build_encoder(**sizes) if new else mae.encoder, sizes
 
 
 def parameter_groups(model, layer_decay):
@@ -208,19 +136,23 @@ def distort(img, rand, strength=1.0):
     The operations are most of TrivialAugment's (arXiv:2103.10158), of which torchvision applies
     one to the whole batch. strength: from 0, only shift and flip, to 1.
     """
-    operation, level, shift_x, shift_y, flip, erase, side, x, y = rand.unbind(1)
-    # All operations run; those not drawn have strength 0, which changes nothing.
-    level = strength * (2 * level - 1)
+    # Nine random numbers an image: of an operation, a shift, a flip and a square.
+    operation, strength_rand, *shift, flip_rand = rand[:, :5].unbind(1)
+    erase, side, x, y = rand[:, 5:].unbind(1)
+
+    # All operations run; those not drawn have level 0, which changes nothing.
+    level = strength * (2 * strength_rand - 1)  # [b]
     levels = one_hot((operation * OPERATIONS).long(), OPERATIONS) * level[:, None]
-    turn, shear_x, shear_y, *levels = levels.unbind(1)
-    bright, contrast, colour, sharp, solar, _ = (v[:, None, None, None] for v in levels)
+    turn, shear_x, shear_y = levels[:, :3].unbind(1)
+    bright, contrast, colour, sharp, solar, _ = levels[:, 3:, None, None, None].unbind(1)
 
     width = img.shape[-1]
-    shift_x = ((2 * shift_x - 1) * (width // 8)).round() / width * 2  # whole pixels
-    shift_y = ((2 * shift_y - 1) * (width // 8)).round() / width * 2
-    flip, turn = (flip < 0.5) * 2 - 1, turn * math.radians(30)
-    to_x = flip * turn.cos(), 0.3 * shear_x - turn.sin(), shift_x
-    to_y = flip * (0.3 * shear_y + turn.sin()), turn.cos(), shift_y
+    shift_x, shift_y = (
+        ((2 * r - 1) * (width // 8)).round() / width * 2 for r in shift
+    )  # of pixels
+    sign, angle = (flip_rand < 0.5) * 2 - 1, turn * math.radians(30)
+    to_x = sign * angle.cos(), 0.3 * shear_x - angle.sin(), shift_x
+    to_y = sign * (0.3 * shear_y + angle.sin()), angle.cos(), shift_y
     img = utils.warp(img, torch.stack([*to_x, *to_y], 1).view(-1, 2, 3))
 
     def blend(base, level):
@@ -262,83 +194,65 @@ def drop_path_scale(n, num_layer, rate, rng):
     return (torch.rand(n, num_layer, 2, generator=rng) >= probability) / (1 - probability)
 
 
-def draw_recipe(args, batch, num_layer, epoch, update):
-    """What --augment and --drop_path draw for a batch: train_batch's partners, rand and drop.
+def draw_rows(args, batch, num_layer, epoch, update):
+    """What `losses` takes, for a batch: {name: [N,...]}, batch itself as "index".
 
-    Like the order, they are a function of the seed, the epoch and the update; None if not asked.
+    With --augment "partner", the images to mix with, and "rand", [N,22]; with --drop_path "drop",
+    [N,num_layer,2]. Like the order they are a function of the seed, the epoch and the update.
     """
     rng = utils.generator("augment", args.seed, epoch, update)
-    n, partners, rand, drop = len(batch), None, None, None
+    rows, n = {"index": batch}, len(batch)
     if args.augment is not None:
-        partners = batch[torch.randperm(n, generator=rng)]
-        rand = torch.rand(n, 22, generator=rng)
+        rows["partner"] = batch[torch.randperm(n, generator=rng)]
+        rows["rand"] = torch.rand(n, 22, generator=rng)
     if args.drop_path:
-        drop = drop_path_scale(n, num_layer, args.drop_path, rng)
-    return partners, rand, drop
+        rows["drop"] = drop_path_scale(n, num_layer, args.drop_path, rng)
+    return rows
 
 
-def train_batch(
-    net, optim, scaler, images, labels, batch, micro_batch_size, progress,
-    partners=None, rand=None, drop=None, strength=1.0,
-):  # fmt: skip
-    """One update of the weights, by the mean loss of images[batch]; batch [N] is on the host.
+def losses(net, images, labels, rows, strength):
+    """Of each image of a micro-batch its loss, and whether its label is found: [b] each.
 
-    scaler is a GradScaler, which does nothing but in fp16. With --augment of a strength, partners
-    [N] are the indexes of the images to mix with, and rand [N,22] random numbers; with --drop_path,
-    drop is a drop_path_scale [N,num_layer,2]. All are on the host.
+    rows as `draw_rows` makes them. strength: of --augment; without it, None.
     """
-    optim.zero_grad(set_to_none=True)
-    weight = utils.world_size() / len(batch)  # DDP averages the gradients of the processes
-    smoothing = 0.0 if rand is None else SMOOTHING * strength
-    inputs = utils.micro_batches(net, micro_batch_size, images.device, batch, partners, rand, drop)
-    for index, partner, own_rand, own_drop in inputs:
-        img, label = utils.to_float(images[index]), labels[index]
-        if rand is not None:
-            img_rand, other_rand, mix_rand = own_rand.split([9, 9, 4], dim=1)
-            other = distort(utils.to_float(images[partner]), other_rand, strength)
-            img, share = mix(distort(img, img_rand, strength), other, mix_rand, strength)
-        logits = net(img, *([] if drop is None else [own_drop])).float()  # [b,num_classes]
-        loss = cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)  # [b]
-        if rand is not None:
-            target = labels[partner]
-            other_loss = cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-            loss = torch.lerp(other_loss, loss, share)
-            label = torch.where(share < 0.5, target, label)
-        scaler.scale(loss.sum() * weight).backward()
-        progress.add(len(index), loss.detach().sum(), (logits.argmax(-1) == label).sum())
-    scaler.step(optim)
-    scaler.update()
+    img, label = utils.to_float(images[rows["index"]]), labels[rows["index"]]
+    if "rand" in rows:
+        img_rand, other_rand, mix_rand = rows["rand"].split([9, 9, 4], dim=1)
+        other = distort(utils.to_float(images[rows["partner"]]), other_rand, strength)
+        img, share = mix(distort(img, img_rand, strength), other, mix_rand, strength)
+    inputs = (img, rows["drop"]) if "drop" in rows else (img,)
+    logits = net(*inputs).float()  # [b,num_classes]
+    if "rand" not in rows:
+        loss = cross_entropy(logits, label, reduction="none")
+    else:
+        other_label, smooth = labels[rows["partner"]], SMOOTHING * strength
+        loss, other_loss = (
+            cross_entropy(logits, target, reduction="none", label_smoothing=smooth)
+            for target in (label, other_label)
+        )
+        loss = torch.lerp(other_loss, loss, share)
+        label = torch.where(share < 0.5, other_label, label)  # the one that weighs more
+    return loss, logits.argmax(-1) == label
 
 
-@torch.no_grad()
-def predict(net, images, micro_batch_size):
-    """Outputs of net for all images, in every process: [N,num_classes], or [N,C] of an encoder."""
-    micro_batches = utils.shard(images).split(micro_batch_size)
-    own = torch.cat([net(utils.to_float(img)).float() for img in micro_batches])
-    outputs = own.new_zeros(len(images), own.shape[1])
-    utils.shard(outputs).copy_(own)
-    return utils.reduce_over_processes(outputs)
-
-
-def evaluate(net, images, labels, micro_batch_size):
+def evaluate(net, images, labels):
     """Mean loss and accuracy, exact for any micro-batch size and number of processes."""
-    logits = predict(net, images, micro_batch_size)
+    logits = utils.predict(net, images, net.size)
     loss = cross_entropy(logits, labels, reduction="none").double().mean().item()
     return {"loss": loss, "acc": (logits.argmax(-1) == labels).double().mean().item()}
 
 
-@torch.no_grad()
-def extract_features(model, settings, train_images, *others):
+def extract_features(model, devices, args, train_images, *others):
     """Images uint8 [N,3,H,W] -> features [N,C], of mean 0 and variance 1 over the training set.
 
     And that mean and standard deviation: those of BatchNorm without affine parameters (paper,
     appendix A.1, "Linear probing"), over all training images rather than each batch.
     """
-    encoder = copy.deepcopy(model).to(train_images.device)
+    encoder = copy.deepcopy(model).eval()
     encoder.head = torch.nn.Identity()
-    net = utils.Accelerated(encoder, train_images.device, settings["precision"])
-    size = settings["micro-batch"]
-    train, *rest = (predict(net, images, size) for images in (train_images, *others))
+    example = [utils.to_float(train_images[:1])]
+    net = utils.Net(encoder, devices, args, example, cpu_limit=256)
+    train, *rest = (utils.predict(net, images, net.size) for images in (train_images, *others))
     variance = train.var(0, correction=min(1, len(train) - 1))  # a single image has none
     mean, std = train.mean(0), (variance + 1e-5).sqrt()
     return mean, std, [(features - mean) / std for features in (train, *rest)]
@@ -432,21 +346,12 @@ def draw_predictions(images, true, predicted, classes):
     return draw_captioned(images[shown], title, captions)
 
 
-def blocks_of(model):
-    """Of each block of a ViT_Classifier, (tokens of an image, their width) for prepare_model."""
-    num_patches, _, emb_dim = model.pos_embedding.shape
-    return [(1 + num_patches, emb_dim)] * len(model.transformer)
-
-
 def classify(model, images, devices, args):
     """Logits of a classifier for images uint8 [N,3,H,W]: [N,num_classes], on the host."""
     images = images.to(devices[0])
-    net, micro_batch_size, settings = utils.prepare_model(
-        model.eval(), devices, args, example=[utils.to_float(images[:1])],
-        blocks=blocks_of(model), num_images=0,
-    )  # fmt: skip
-    utils.print_settings("chosen", settings)
-    logits = predict(net, images, micro_batch_size).cpu()
+    net = utils.Net(model.eval(), devices, args, example=[utils.to_float(images[:1])])
+    utils.print_settings("chosen", net.settings)
+    logits = utils.predict(net, images, net.size).cpu()
     torch.set_num_threads(utils.THREADS)  # a notebook goes on
     return logits
 
@@ -454,10 +359,9 @@ def classify(model, images, devices, args):
 def predict_files(args):
     """--eval FILE --predict PATH: the classes of images without labels, printed and drawn."""
     devices = utils.choose_devices(args.device)
-    model, architecture, content = load_model(args.eval, "ViT_Classifier")
+    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     png_path = utils.free_path(os.path.splitext(args.eval)[0] + "-predicted.png")
     files = utils.list_images(args.predict)[0]
-    utils.check_memory(len(files), architecture["image_size"])
     images = utils.decode(files, architecture["image_size"])[0]
     classes = content.get("classes") or [f"class {i}" for i in range(architecture["num_classes"])]
     captions = []
@@ -469,21 +373,20 @@ def predict_files(args):
     shown = utils.evenly_spaced(len(files), 40).tolist()
     if utils.rank() == 0:
         img = draw_captioned(images[shown], "predicted", [captions[i] for i in shown])
-        utils.write_file(png_path, utils.png_bytes(img))
+        utils.write_file(png_path, utils.encode(img))
     utils.print_rank_0(f"{len(shown)} of {len(files)} images with their classes: {png_path}")
 
 
 def evaluate_file(args):
     """--eval: what a saved classifier gets right and wrong, printed, drawn and in TensorBoard."""
     devices, start = utils.choose_devices(args.device), os.path.splitext(args.eval)[0]
-    model, architecture, content = load_model(args.eval, "ViT_Classifier")
+    model, architecture, content = utils.load_model(args.eval, "ViT_Classifier")
     saved = {"dataset": "cifar10", "data_path": "data"} | content.get("args", {})
     args = copy.copy(args)
     args.image_size, args.train_images = architecture["image_size"], 0
     args.dataset = args.dataset or saved["dataset"]
     path = saved["data_path"] if args.dataset == saved["dataset"] else "data"
     args.data_path = args.data_path or (path if os.path.isdir(path) else "data")
-    utils.download(args)
     dataset = utils.load_dataset(args, devices[0])
     k, found = architecture["num_classes"], dataset.classes
     classes = content.get("classes") or found  # the original's files do not name them
@@ -505,7 +408,7 @@ def evaluate_file(args):
         pictures["cls/predictions"] = draw_predictions(images, true, predicted, classes)
         png_paths = [utils.free_path(f"{start}-{tag[4:]}.png") for tag in pictures]
         for path, img in zip(png_paths, pictures.values(), strict=True):
-            utils.write_file(path, utils.png_bytes(img))
+            utils.write_file(path, utils.encode(img))
         folder = utils.new_run_folder(args.log_dir, args.dataset, args.run_name or "eval-cls")
         utils.Curves(folder).write(0, {"cls/acc": acc}, pictures)
         utils.print_rank_0(f"pictures: {', '.join(png_paths)}, curves: {folder}")
@@ -521,33 +424,6 @@ def hold_out(dataset, n):
         raise utils.InputError(f"--holdout {n} leaves no image to train on")
     images, labels = dataset.train_images, dataset.train_labels
     return utils.ImageSet(images[rest], labels[rest], images[held], labels[held], dataset.classes)
-
-
-def to_timm(model):
-    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
-
-    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
-    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
-    """
-    names = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj"}
-    names |= {"transformer": "blocks", "layer_norm": "norm"}
-    state_dict, weights = model.state_dict(), {}
-    for name, tensor in state_dict.items():
-        first, *rest = name.split(".")
-        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
-    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
-    sizes = architecture_of(state_dict)
-    arguments = {"img_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
-    arguments |= {"embed_dim": sizes["emb_dim"], "depth": sizes["encoder_layer"], "qkv_bias": False}
-    arguments |= {"num_heads": model.transformer[0].attn.num_heads, "no_embed_class": True}
-    num_classes = sizes.get("num_classes", 0)
-    return weights, arguments | {"num_classes": num_classes, "norm_layer": torch.nn.LayerNorm}
-
-
-def open_charts(folder):
-    """-> {(key, part): Curves}. TensorBoard shows both parts in one chart."""
-    names = [(key, part) for key in ("loss", "acc") for part in ("train", "val")]
-    return {(key, part): utils.Curves(f"{folder}/cls_{key}_{part}") for key, part in names}
 
 
 def report(args, results, num_test):
@@ -571,12 +447,10 @@ def main(args):
         raise utils.InputError("--linear_probe takes no --augment, --drop_path or --layer_decay")
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
-    device = devices[0]
     encoder, sizes = make_encoder(args)
     args = argparse.Namespace(**vars(args) | sizes)  # in the state, where --resume finds them
     utils.print_settings("arguments", vars(args))
-    utils.download(args)
-    dataset = all_images = utils.load_dataset(args, device)
+    dataset = all_images = utils.load_dataset(args, devices[0])
     if args.holdout:
         dataset = hold_out(dataset, args.holdout)
     images, labels, val_images, val_labels, classes = dataset
@@ -584,67 +458,61 @@ def main(args):
 
     model = ViT_Classifier(encoder, len(classes))
     name = "pretrain-cls" if args.pretrained_model_path and not args.from_scratch else "scratch-cls"
-    groups, trained = parameter_groups(model, args.layer_decay), model
+    trained, groups = model, parameter_groups(model, args.layer_decay)
     example = [utils.to_float(images[:1])]
     if args.drop_path:
-        example.append(torch.ones(1, args.encoder_layer, 2, device=device))
+        example.append(torch.ones(1, args.encoder_layer, 2, device=devices[0]))
     if args.linear_probe:
-        name, groups, trained = "probe-cls", model.head.parameters(), model.head
-        example = [torch.zeros(1, args.emb_dim, device=device)]
-    net, micro_batch_size, settings = utils.prepare_model(
-        trained, devices, args, example, blocks_of(model),  # of the encoder, for a probe, too
-        num_images=args.total_epoch * len(images), cpu_limit=256,
-    )  # fmt: skip
+        name, trained, groups = "probe-cls", model.head, model.head.parameters()
+        example = [torch.zeros(1, args.emb_dim, device=devices[0])]
+    num_images = args.total_epoch * len(images)
+    net = utils.Net(trained, devices, args, example, num_images, cpu_limit=256)
     optim = torch.optim.AdamW(
         groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+    training = utils.Training(model, net, optim, ["loss", "acc"])
 
     path, num_epochs = args.output_model_path, args.total_epoch
-    with utils.start_run(args, name, path, model, optim, scaler, all_images) as run:
-        utils.describe_run(args, settings, model, dataset, run.curves.folder)
-        charts = open_charts(run.curves.folder)
+    with utils.start_run(args, name, path, training, all_images) as run:
+        utils.describe_run(args, training, dataset, run.curves.folder)
         if args.linear_probe:  # now, as a resumed run has the encoder from its state
-            mean, std, features = extract_features(model, settings, images, val_images, test_images)
+            mean, std, features = extract_features(
+                model, devices, args, images, val_images, test_images
+            )
             images, val_images, test_images = features  # [N,C], in the place of [N,3,H,W]
         for epoch in run.epochs():
-            lr = utils.set_learning_rate(optim, epoch, args)
+            utils.set_learning_rate(optim, epoch, args)
             model.train()
             rng = utils.generator("order", args.seed, epoch)
             order = torch.randperm(len(images), generator=rng)
-            for update, batch in run.updates(order.split(args.batch_size), ["loss", "acc"]):
-                recipe = draw_recipe(args, batch, len(model.transformer), epoch, update)
-                train_batch(
-                    net, optim, scaler, images, labels, batch, micro_batch_size, run.progress,
-                    *recipe, args.augment,
-                )  # fmt: skip
-            train = run.progress.end()
+            for update, batch in run.updates(order.split(args.batch_size)):
+                rows = draw_rows(args, batch, len(model.transformer), epoch, update)
+                for micro_batch in net.micro_batches(rows):
+                    loss, right = losses(net, images, labels, micro_batch, args.augment)
+                    training.backward(loss, len(batch), right)
+                training.step()
+            train = training.progress.end()
 
             model.eval()
-            val = evaluate(net, val_images, val_labels, micro_batch_size)
-            run.check_finite(torch.tensor(val["loss"]))
-            speed, left = run.progress.per_second, run.progress.time_left(num_epochs - epoch - 1)
-            run.curves.write(epoch, {"lr": lr, "images_per_second": speed})
-            for (key, part), curves in charts.items():
-                curves.write(epoch, {f"cls/{key}": {"train": train, "val": val}[part][key]})
-            utils.print_rank_0(
-                f"epoch {epoch + 1}/{num_epochs}: train loss {train['loss']:.4f} "
-                f"acc {train['acc']:.2%}, val loss {val['loss']:.4f} acc {val['acc']:.2%}, "
-                f"lr {lr:.2e}, {speed:,.0f} images/s{left}"
-            )
-            best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
+            val = evaluate(net, val_images, val_labels)
+            text = f"train loss {train['loss']:.4f} acc {train['acc']:.2%}, "
+            text += f"val loss {val['loss']:.4f} acc {val['acc']:.2%}"
+            both = {f"cls/{key}": {"train": train[key], "val": val[key]} for key in train}
+            run.report(text, both)
             results = {"epoch": epoch + 1, **val}
+            best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
             if args.holdout and (best or epoch + 1 == num_epochs):
-                test = evaluate(net, test_images, test_labels, micro_batch_size)
-                results |= {f"test_{key}": value for key, value in test.items()}
-            run.results |= {"last": results} | ({"best": results} if best else {})
-            paths = utils.kept_paths(path, epoch + 1, args.keep_every) + [path] * best
-            if run.end_epoch(save_now=bool(paths)):
-                saved = fold_norm(model, mean, std) if args.linear_probe else model
-                more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
-                more |= {"chosen": settings, "classes": classes}
-                sizes["num_classes"] = len(classes)
-                run.save(dict.fromkeys(paths, utils.model_bytes(saved, sizes, args, **more)))
+                test = evaluate(net, test_images, test_labels)
+                results |= {"test_loss": test["loss"], "test_acc": test["acc"]}
+            run.results["last"] = results
+            if best:
+                run.results["best"] = results
+            saved = fold_norm(model, mean, std) if args.linear_probe else model
+            more = {"epoch": epoch + 1, "metrics": {"train": train, "val": val}}
+            more |= {"chosen": net.settings, "classes": classes}
+            architecture = sizes | {"num_classes": len(classes)}
+            content = utils.model_content(saved, architecture, args, **more)
+            run.end_epoch({path: content} if best else {}, kept=content, save_now=best)
     utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {path}")
 
 

@@ -1,7 +1,19 @@
 """What both scripts share. It reads downwards: what is used stands above.
 
-Errors, processes, command line, random numbers, images, device, model files, pictures, curves; and
-last the run, which can be stopped anywhere and goes on to the same result.
+A run meets these classes in this order:
+
+    ImageSet    the images, all of them, in the memory of the training device
+    Net         a module on its devices, in its precision, compiled or not; it makes micro-batches
+    Training    what an update changes: weights, optimizer, scale of the loss, sums of the epoch
+    Progress    these sums, kept on the device, and the progress bar
+    Run         where a run stands and what it keeps on disk: it can be stopped anywhere
+    Curves      TensorBoard's files
+
+A script reads its images, makes the model, its Net, the optimizer and the Training, and starts a
+Run. That yields the epochs and, of each, the batches. The script draws what an update needs, and
+for every micro-batch of the Net computes the losses and hands them to `Training.backward`; then
+`Training.step` changes the weights. After the epoch `Run.report` writes curves and a line, and
+`Run.end_epoch` the files, if they are due.
 """
 
 import argparse
@@ -40,7 +52,7 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from model import SizeError
+from model import MAE_Encoder, MAE_ViT, SizeError, ViT_Classifier
 
 with contextlib.suppress(ImportError):  # not on Windows
     import fcntl
@@ -112,7 +124,8 @@ def end_with(message, status=1):
 def reason(error):
     """The line of a message that says what went wrong; PyTorch's may quote whole tracebacks."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return [lines[0], *filter(re.compile(r"[\w.]*[A-Z]\w+: .").match, lines)][-1]
+    named = [line for line in lines if re.match(r"[\w.]*[A-Z]\w+: .", line)]  # "ValueError: ..."
+    return named[-1] if named else lines[0]
 
 
 @contextlib.contextmanager
@@ -175,10 +188,11 @@ def check_same_settings(**settings):
         return
     gathered = [None] * world_size()
     dist.all_gather_object(gathered, settings)
-    for (number, others), name in itertools.product(enumerate(gathered), gathered[0]):
-        if others.get(name) != gathered[0][name]:
-            text = f"process {number} has {name} {others.get(name)}, process 0 has "
-            raise InputError(f"{text}{gathered[0][name]}: give all the same flags, code and files")
+    for number, others in enumerate(gathered):
+        for name, value in gathered[0].items():
+            if others.get(name) != value:
+                text = f"process {number} has {name} {others.get(name)}, process 0 has {value}"
+                raise InputError(f"{text}: give all the same flags, code and files")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -186,12 +200,12 @@ def check_same_settings(**settings):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the script's own line breaks; help texts explain defaults of None."""
+    """Keeps the script's own line breaks, and adds the defaults that help texts do not tell."""
 
     def _get_help_string(self, action):
         if action.default is False:
             return f"{action.help} (default: off)"
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if "default:" in action.help else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -213,13 +227,11 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            other = "train_classifier.py" if "mae" in self.prog else "mae_pretrain.py"
-            with open(os.path.join(os.path.dirname(__file__), other)) as script:
-                flags = dict.fromkeys(re.findall(r'"(--\w+)"', script.read()), f" of {other}")
-            flags |= dict.fromkeys(self._option_string_actions, "")
-            for near in difflib.get_close_matches(unknown[1], flags, 1, 0.65):
-                message += f": did you mean {near}{flags[near]}?"
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            flags = list(self._option_string_actions)
+            longer = [flag for flag in flags if flag.startswith(unknown[1])]
+            for flag in (longer or difflib.get_close_matches(unknown[1], flags))[:1]:
+                message += f": did you mean {flag}?"
         end_with(f"{self.prog}: error: {message} (--help lists the flags)", status=2)
 
 
@@ -288,7 +300,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
 
 # These change a result by rounding only: they may differ between processes, and when a run is
 # resumed.
-FREE_FLAGS = {
+MAY_CHANGE = {
     "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
     "model_path", "output_model_path", "precision", "resume", "save_minutes",
 }  # fmt: skip
@@ -296,7 +308,7 @@ FREE_FLAGS = {
 
 def check_same_flags(args):
     """Raise InputError if another process was given other flags."""
-    check_same_settings(**{name: x for name, x in vars(args).items() if name not in FREE_FLAGS})
+    check_same_settings(**{name: x for name, x in vars(args).items() if name not in MAY_CHANGE})
 
 
 # -------------------------------------------------------------- random numbers and schedule
@@ -379,19 +391,15 @@ def stratified_subset(labels, n, flag="--train_images"):
     return labels.argsort(stable=True)[evenly_spaced(len(labels), n)]
 
 
-def check_memory(n, image_size):
-    """Raise InputError, before any is read, if n images exceed the free memory (on Linux)."""
-    need = n * 3 * image_size**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a copy
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        free = int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024
-        if need > free:
-            raise InputError(
-                f"{n:,} images of {image_size}x{image_size} take {need / 1e9:,.1f} GB of memory, "
-                f"{free / 1e9:,.1f} GB are free: lower --image_size or --train_images"
-            )
-
-
 IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
+
+
+def has_images(root):
+    """Whether an image lies in the folder, or up to two folders deeper."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        if any(x.lower().endswith(IMAGES) for x in glob.iglob(pattern, root_dir=root)):
+            return True
+    return False
 
 
 def download(args):
@@ -407,8 +415,7 @@ def download(args):
         raise InputError(f"image size {args.image_size} does not fit {name}'s 32x32: {own}")
     dataset = getattr(datasets, name.upper())
     there = any(os.path.exists(f"{root}/{x}") for x in (dataset.base_folder, dataset.filename))
-    below = (x for depth in ("*", "*/*", "*/*/*") for x in glob.iglob(depth, root_dir=root))
-    if not there and any(x.lower().endswith(IMAGES) for x in below):
+    if not there and has_images(root):
         raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
     if rank() == 0:
         place = f"put {dataset.filename} from {dataset.url} into {root}{os.sep}, or try --demo"
@@ -505,13 +512,15 @@ def read_folder(root, image_size, num_train, need_classes):
         if missing := sorted(set(classes) - set(val_classes)):
             print_rank_0(f"warning: {root}/{val} has no image of {', '.join(missing[:20])}")
         val_files = [(path, classes.index(val_classes[label])) for path, label in val_files]
-    check_memory(len(train_files) + len(val_files), image_size)
     train, val = (decode(files, image_size) for files in (train_files, val_files))
     return ImageSet(*train, *val, classes)
 
 
+# Corners are complex numbers, x + iy: a sum moves them, a product scales and turns them.
+
+
 def circle(radius, x=0.0, corners=48):
-    """A regular polygon around x; the corners of all shapes are complex numbers."""
+    """A regular polygon around x."""
     return x + radius * np.exp(2j * np.pi * np.arange(corners) / corners)
 
 
@@ -566,7 +575,6 @@ def draw_shapes(numbers, image_size, seed):
 def read_shapes(image_size, num_train=None):
     """10,000 drawn images to train on, or num_train of these, and 1,000 others -> ImageSet."""
     keep = stratified_subset(torch.arange(10_000) % len(SHAPES), num_train)
-    check_memory(len(keep) + 1_000, image_size)
     others = torch.randperm(1_000, generator=generator("shapes"))  # so that 16 show many kinds
     train, val = draw_shapes(keep, image_size, 0), draw_shapes(others, image_size, 1)
     return ImageSet(*train, *val, list(SHAPES))
@@ -574,11 +582,12 @@ def read_shapes(image_size, num_train=None):
 
 @memory_for("the dataset", "--train_images or --image_size")
 def load_dataset(args, device, need_classes=True):
-    """Read args.dataset into the device's memory -> ImageSet. Raises InputError if it cannot.
+    """Read args.dataset, downloaded if need be, into the device's memory -> ImageSet.
 
-    args.train_images: None for all, 0 for none. need_classes: every image must lie in the folder
-    of its class.
+    Raises InputError if it cannot. args.train_images: None for all, 0 for none. need_classes: every
+    image must lie in the folder of its class.
     """
+    download(args)
     if args.dataset == "shapes":
         images = read_shapes(args.image_size, args.train_images)
     elif args.dataset == "folder":
@@ -589,7 +598,7 @@ def load_dataset(args, device, need_classes=True):
 
 
 # ------------------------------------------------------------------------ device and precision
-# Where and how the model runs: for main choose_devices and prepare_model, then micro_batches.
+# Where and how a model runs: main calls choose_devices, and makes a Net.
 
 
 def choose_devices(name):
@@ -632,9 +641,27 @@ def choose_precision(name, devices):
     return "fp32"
 
 
+@memory_for()
+def attention_sizes(module, example):
+    """(tokens of an image, their width) in each Transformer block of the module.
+
+    example: what the module is called with, for one image.
+    """
+    sizes, hooks = [], []
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):  # timm's Attention, called with [1,tokens,width]
+            hook = layer.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[1:]))
+            hooks.append(hook)
+    with torch.no_grad():
+        module(*example)
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
 def widest(blocks):
-    """Patches x width of the block that has most of it."""
-    return max((tokens - 1) * width for tokens, width in blocks)
+    """Patches x width of the block that has most of it; 1 without blocks."""
+    return max([1, *((tokens - 1) * width for tokens, width in blocks)])
 
 
 def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
@@ -648,7 +675,7 @@ def choose_micro_batch_size(share, limit, precision, blocks, free_bytes=None):
         largest = max(1, min(limit, most))
     else:  # a power of two leaves most batches no rest, which would not be compiled
         image_bytes = (70 if precision == "fp32" else 40) * sum(t * w for t, w in blocks)
-        fitting = max(1, int(0.6 * free_bytes / image_bytes))
+        fitting = max(1, int(0.6 * free_bytes / max(1, image_bytes)))
         largest = min(limit or 1024, 1024, 2 ** int(math.log2(fitting)))
     return math.ceil(share / math.ceil(share / largest))
 
@@ -711,88 +738,6 @@ class Accelerated(torch.nn.Module):
         return self.compiled(*inputs).clone()  # the next pass of a graph overwrites its output
 
 
-def try_micro_batch(net, accelerated, example, size, n, compile, args):
-    """-> the size, halved until a trial pass, of n * size images, fits in every process.
-
-    What then does not compile, or computes something else than before, runs uncompiled, with a
-    warning, or is an InputError if args.compile asks for it.
-    """
-    training = accelerated.module.training
-
-    def trial():
-        """A pass that changes nothing -> of an image, its output squared, and that's gradient.
-
-        What the pass has allocated is freed, even if it fails.
-        """
-        with memory_for(), torch.set_grad_enabled(training):
-            output = net(*(x.repeat(size * n, *[1] * (x.dim() - 1)) for x in example))
-            output, gradients = output.float().square().sum(), []
-            if output.requires_grad:
-                gradients = torch.autograd.grad(output, [*net.parameters()], allow_unused=True)
-            norms = [x.float().norm() for x in gradients if x is not None]
-            return torch.stack([output.detach(), *norms]) / (size * n)
-
-    while size > 1:
-        with contextlib.suppress(InputError):
-            trial()
-            break
-        size //= 2
-        torch.cuda.empty_cache()
-    size = int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
-    if compile and training:
-        one_pass = world_size() == 1 and size >= args.batch_size
-        on_nvidia = accelerated.device_type == "cuda" and not torch.version.hip
-        try:
-            expected = trial()
-            accelerated.compile_for(size, graphs=on_nvidia and one_pass)
-            for _ in range(3):  # a graph is compiled, recorded and replayed
-                values = trial().where(expected.isfinite(), expected)
-            error = (values - expected).norm() / expected.norm()
-            if not error < 0.1:
-                raise RuntimeError(f"its outputs and gradients are then wrong by {error:.0%}")
-        except Exception as error:  # no compiler, an old GPU, Windows, ...
-            if args.compile:
-                raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
-            print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
-            accelerated.compiled_size = None
-    return size
-
-
-def prepare_model(module, devices, args, example, blocks, num_images, cpu_limit=128):
-    """Make a module, and the process, ready for training or, in eval mode, for evaluation.
-
-    Moves it in place: its own state_dict, without any prefix, is the one to save. Wraps it for
-    autocast, torch.compile, DDP or DataParallel, and tries a micro-batch, on a GPU or compiled.
-    example: inputs for an image, [1,...] each. blocks, cpu_limit: for choose_micro_batch_size.
-    num_images: of all epochs. -> what to call, images of a micro-batch on all devices, settings.
-    """
-    device, n, precision = devices[0], len(devices), choose_precision(args.precision, devices)
-    on_gpu = device.type == "cuda"
-    name = f"{n} x {torch.cuda.get_device_name(device)}" if on_gpu else "CPU"
-    command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
-    if n > 1 and args.compile:
-        raise InputError(f"--compile takes a process for each GPU: {command}")
-    pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
-    compile = pays if args.compile is None else args.compile
-    check_same_settings(device=device.type, precision=precision, compile=compile)
-    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
-    share = math.ceil(args.batch_size / (n * world_size()))
-    limit = args.max_device_batch_size or (None if on_gpu else cpu_limit)
-    size = choose_micro_batch_size(share, limit, precision, blocks, free)
-    configure_process(device, threads=max(1, size * widest(blocks) // 2**16))
-    net = accelerated = Accelerated(module.to(device), device, precision)
-    if n > 1:
-        net = DataParallel(net, devices)
-        print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
-    if on_gpu or compile:
-        size = try_micro_batch(net, accelerated, example, size, n, compile, args)
-    if world_size() > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-        name = f"{world_size()} processes, {name} each"
-    settings = {"device": name, "precision": precision, "compile": bool(accelerated.compiled_size)}
-    return net, size * n, settings | {"micro-batch": size}
-
-
 def to_device(tensor, device):
     """Copy to the device without making the host wait for what the device is still doing."""
     if device.type == "cuda":
@@ -800,28 +745,132 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def micro_batches(net, micro_batch_size, device, *tensors):
-    """Yield this process's shard of a batch in micro-batches: tuples of slices, on the device.
+class Net:
+    """A module on its devices, called like the module; the state_dict to save is the module's own.
 
-    A tensor may be None, and so are its slices. Each process yields at least one micro-batch, maybe
-    empty; DDP exchanges gradients in the last only.
+    Precision, micro-batch size, autocast, torch.compile, DataParallel and DistributedDataParallel
+    are chosen and set up here, from args. size: images of a micro-batch, on all devices together.
+    settings: what was chosen, to be printed. Training and evaluation mode as the module has it now.
     """
 
-    def slices(tensor):
-        if tensor is None:
-            return itertools.repeat(None)
-        return to_device(shard(tensor), device).split(micro_batch_size)
+    def __init__(self, module, devices, args, example, num_images=0, cpu_limit=128):
+        """example: what the module is called with, for one image. num_images: of all epochs, which
+        decide whether compiling pays. cpu_limit: of the micro-batch on a CPU.
+        """
+        n, on_gpu = len(devices), devices[0].type == "cuda"
+        self.device, self.training = devices[0], module.training
+        self.precision = choose_precision(args.precision, devices)
+        pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
+        compile = self.training and (pays if args.compile is None else args.compile)
+        command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
+        if n > 1 and compile:
+            raise InputError(f"--compile takes a process for each GPU: {command}")
+        check_same_settings(device=devices[0].type, precision=self.precision, compile=compile)
+        blocks = attention_sizes(module.to(self.device), example)
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
+        share = math.ceil(args.batch_size / (n * world_size()))
+        limit = args.max_device_batch_size or (None if on_gpu else cpu_limit)
+        size = choose_micro_batch_size(share, limit, self.precision, blocks, free)
+        configure_process(self.device, threads=max(1, size * widest(blocks) // 2**16))
 
-    *others, last = zip(*map(slices, tensors))  # noqa: B905  (None without end)
-    for micro_batch in others:
-        with net.no_sync() if world_size() > 1 else contextlib.nullcontext():
-            yield micro_batch
-    yield last
+        self.call = self.accelerated = Accelerated(module, self.device, self.precision)
+        if n > 1:
+            self.call = DataParallel(self.accelerated, devices)
+        if n > 1 and self.training:
+            print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
+        if on_gpu or compile:
+            size = self.fit(example, size, n)
+        if compile:
+            self.compile(example, size, args)
+        name = f"{n} x {torch.cuda.get_device_name(self.device)}" if on_gpu else "CPU"
+        if world_size() > 1 and self.training:
+            self.call = DistributedDataParallel(self.accelerated, gradient_as_bucket_view=True)
+        if world_size() > 1:
+            name = f"{world_size()} processes, {name} each"
+        self.size, compiled = size * n, bool(self.accelerated.compiled_size)
+        self.settings = {"device": name, "precision": self.precision, "compile": compiled}
+        self.settings["micro-batch"] = size
+
+    def __call__(self, *inputs):
+        return self.call(*inputs)
+
+    def trial(self, example, n):
+        """A pass of n copies of the example, which changes nothing.
+
+        -> of one image, its output squared, and the norm of each parameter's gradient from that.
+        What the pass has allocated is freed, even if it fails.
+        """
+        with memory_for(), torch.set_grad_enabled(self.training):
+            output = self(*(x.repeat(n, *[1] * (x.dim() - 1)) for x in example))
+            output, gradients = output.float().square().sum(), []
+            if output.requires_grad:
+                parameters = [*self.call.parameters()]
+                gradients = torch.autograd.grad(output, parameters, allow_unused=True)
+            norms = [x.float().norm() for x in gradients if x is not None]
+            return torch.stack([output.detach(), *norms]) / n
+
+    def fit(self, example, size, n):
+        """-> the size, halved until a trial pass on n devices fits, in every process."""
+        while size > 1:
+            with contextlib.suppress(InputError):
+                self.trial(example, size * n)
+                break
+            size //= 2
+            torch.cuda.empty_cache()
+        return int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
+
+    def compile(self, example, size, args):
+        """Compile for micro-batches of this size.
+
+        What does not compile, or then computes something else, stays uncompiled, with a warning, or
+        is an InputError if args.compile asks for it.
+        """
+        one_pass = world_size() == 1 and size >= args.batch_size
+        on_nvidia = self.device.type == "cuda" and not torch.version.hip
+        try:
+            expected = self.trial(example, size)
+            self.accelerated.compile_for(size, graphs=on_nvidia and one_pass)
+            for _ in range(3):  # a graph is compiled, recorded and replayed
+                values = self.trial(example, size).where(expected.isfinite(), expected)
+            error = (values - expected).norm() / expected.norm()
+            if not error < 0.1:
+                raise RuntimeError(f"its outputs and gradients are then wrong by {error:.0%}")
+        except Exception as error:  # no compiler, an old GPU, Windows, ...
+            if args.compile:
+                raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
+            print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
+            self.accelerated.compiled_size = None
+
+    def micro_batches(self, rows):
+        """Yield this process's shard of a batch in micro-batches, on the device.
+
+        rows: {name: tensor [N,...]} on the host, all of the same N; each micro-batch is such a
+        dictionary. Each process yields at least one, maybe empty; DDP exchanges gradients in the
+        last only.
+        """
+        parts = {name: to_device(shard(x), self.device) for name, x in rows.items()}
+        parts = {name: x.split(self.size) for name, x in parts.items()}
+        micro_batches = list(zip(*parts.values(), strict=True))
+        for i, micro_batch in enumerate(micro_batches, 1):
+            self.call.require_backward_grad_sync = i == len(micro_batches)  # DDP's
+            yield dict(zip(parts, micro_batch, strict=True))
+
+
+@torch.no_grad()
+def predict(net, images, size):
+    """What net, or any function, computes of images uint8 [N,3,H,W], size at a time: [N,...].
+
+    Each process computes its share and gets all.
+    """
+    own = torch.cat([net(to_float(img)).float() for img in shard(images).split(size)])
+    outputs = own.new_zeros(len(images), own.shape[1])
+    shard(outputs).copy_(own)
+    return reduce_over_processes(outputs)
 
 
 # --------------------------------------------------------------------------------- model files
 # Written whole or not at all, read without running anything in them: those of the scripts and of
-# the original.
+# the original. main makes the model_content; Run writes it.
 
 
 def remove(path):
@@ -853,10 +902,18 @@ def free_path(path):
     return next(x for x in itertools.chain([path], others) if not os.path.exists(x))
 
 
-def to_bytes(content):
-    """What torch.save writes, in memory: a full disk then fails in write_file, not in here."""
+def encode(content):
+    """A file's bytes, in memory, where a full disk does no harm: for a picture [3,H,W] in [0, 1]
+    PNG, for the dictionary of a model file or a state what torch.save writes.
+    """
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    if isinstance(content, torch.Tensor):
+        scale = max(1, 768 // content.shape[-1])  # so that the pixels of a small one can be seen
+        content = content.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        save_image(content, buffer, format="png")
+    else:
+        weights = {name: tensor.cpu() for name, tensor in content["model"].items()}
+        torch.save(content | {"model": weights}, buffer)
     return buffer.getvalue()
 
 
@@ -865,13 +922,12 @@ def versions():
     return {name: str(importlib.import_module(name).__version__) for name in names}
 
 
-def model_bytes(model, architecture, args, **more):
-    """A model file: tensors and plain values, which torch.load(weights_only=True) reads."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+def model_content(model, architecture, args, **more):
+    """A model file's: tensors and plain values, which torch.load(weights_only=True) reads."""
     preprocessing = {"image_size": architecture["image_size"], "mean": 0.5, "std": 0.5}
-    content = {"kind": type(model).__name__, "model": weights, "architecture": architecture}
-    content |= {"preprocessing": preprocessing, "args": vars(args), "versions": versions()}
-    return to_bytes(content | more)
+    content = {"kind": type(model).__name__, "model": model.state_dict()}
+    content |= {"architecture": architecture, "preprocessing": preprocessing}
+    return content | {"args": vars(args), "versions": versions()} | more
 
 
 class InertModule(torch.nn.Module):
@@ -908,17 +964,106 @@ def read_checkpoint(path):
         raise InputError(f"cannot read {path} as a PyTorch checkpoint: {cause}") from error
 
 
+def unpack_module(module):
+    """A pickled MAE_ViT or ViT_Classifier, maybe within others -> content of a model file."""
+    architecture = {}
+    for name, part in module.named_modules():
+        if name.endswith("transformer.0.attn"):
+            architecture["decoder_head" if "decoder." in name else "encoder_head"] = part.num_heads
+        if name.endswith("shuffle"):
+            architecture["mask_ratio"] = part.ratio
+    kind = "MAE_ViT" if "decoder_head" in architecture else "ViT_Classifier"
+    return {"kind": kind, "model": dict(module.named_parameters()), "architecture": architecture}
+
+
+def architecture_of(weights):
+    """Infer the sizes from the state_dict of an MAE_ViT, MAE_Encoder or ViT_Classifier.
+
+    -> {argument: size}: all but the numbers of heads and the mask ratio, which no shape tells.
+    Raises KeyError for a tensor that is not there.
+    """
+    prefix = "encoder." if "encoder.pos_embedding" in weights else ""
+    blocks = [name for name in weights if name.endswith("norm1.weight")]
+    encoder_layer = sum(name.startswith(f"{prefix}transformer.") for name in blocks)
+    num_patches, _, emb_dim = weights[f"{prefix}pos_embedding"].shape
+    patch_size = weights[f"{prefix}patchify.weight"].shape[-1]
+    architecture = {"image_size": math.isqrt(num_patches) * patch_size, "patch_size": patch_size}
+    architecture |= {"emb_dim": emb_dim, "encoder_layer": encoder_layer}
+    if prefix:
+        architecture["decoder_layer"] = len(blocks) - encoder_layer
+        architecture["decoder_dim"] = weights["decoder.mask_token"].shape[-1]
+    elif "head.bias" in weights:
+        architecture["num_classes"] = len(weights["head.bias"])
+    return architecture
+
+
+def build_encoder(image_size, patch_size, emb_dim, encoder_layer, encoder_head):
+    sizes = dict(image_size=image_size, patch_size=patch_size, emb_dim=emb_dim)
+    return MAE_Encoder(**sizes, num_layer=encoder_layer, num_head=encoder_head)
+
+
+def build_classifier(num_classes, **sizes):
+    return ViT_Classifier(build_encoder(**sizes), num_classes)
+
+
+def load_model(path, kind):
+    """Read a model file -> model, its architecture, the file's whole content.
+
+    kind: "MAE_ViT" or "ViT_Classifier". The file is one of our scripts', a bare state_dict, or a
+    whole module as the original pickles it, maybe within DataParallel or torch.compile's. A bare
+    state_dict does not tell the number of heads and the mask ratio: they are taken to be 3 and
+    0.75. Raises InputError unless the file holds such a model, with tensors of the right names and
+    shapes and finite values.
+    """
+    content = read_checkpoint(path)
+    with as_input_error(f"{path} does not hold the weights of {kind}", Exception):
+        if isinstance(content, InertModule):
+            content = unpack_module(content)
+        elif "fingerprint" in content:
+            raise ValueError(f"it is a run's state; its model is {path.replace('.state.', '.')}")
+        elif "model" not in content:
+            content = {"kind": kind, "model": content}
+        if content.get("kind") != kind:
+            raise ValueError(f"its kind is {content.get('kind')}")
+        weights = {}
+        for name, x in content["model"].items():
+            plain = isinstance(x, torch.Tensor) and x.is_floating_point()
+            if not plain or not x.isfinite().all():
+                raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
+            x = x.detach().float().clone(memory_format=torch.contiguous_format)
+            weights[name.replace("_orig_mod.", "").removeprefix("module.")] = x
+        # Sizes are those of the tensors, whatever the file claims.
+        claimed = {"encoder_head": 3} | content.get("architecture", {})
+        architecture = claimed | architecture_of(weights)
+        with torch.device("meta"):  # no memory: the weights are those of the file
+            model = {"MAE_ViT": MAE_ViT, "ViT_Classifier": build_classifier}[kind](**architecture)
+        model.load_state_dict(weights, assign=True)
+    return model, architecture, content
+
+
+def to_timm(model):
+    """A ViT_Classifier or an MAE_Encoder -> state_dict, arguments for timm's Vision Transformer.
+
+    timm.create_model("vit_tiny_patch16_224", **arguments) loads the state_dict with strict=True
+    and gives the same logits, or the encoder's cls feature (timm 0.9 or newer).
+    """
+    names = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj"}
+    names |= {"transformer": "blocks", "layer_norm": "norm"}
+    state_dict, weights = model.state_dict(), {}
+    for name, tensor in state_dict.items():
+        first, *rest = name.split(".")
+        weights[".".join([names.get(first, first), *rest])] = tensor.detach().cpu()
+    weights["pos_embed"] = weights["pos_embed"].transpose(0, 1).contiguous()  # [1,T,C]
+    sizes = architecture_of(state_dict)
+    arguments = {"img_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
+    arguments |= {"embed_dim": sizes["emb_dim"], "depth": sizes["encoder_layer"], "qkv_bias": False}
+    arguments |= {"num_heads": model.transformer[0].attn.num_heads, "no_embed_class": True}
+    num_classes = sizes.get("num_classes", 0)
+    return weights, arguments | {"num_classes": num_classes, "norm_layer": torch.nn.LayerNorm}
+
+
 # ------------------------------------------------------------------------------------ pictures
-# The scripts draw with these, and write the PNG with write_file.
-
-
-def png_bytes(img):
-    """An image [3,H,W] in [0, 1] as PNG, a small one enlarged so that its pixels can be seen."""
-    scale = max(1, 768 // img.shape[-1])
-    img = img.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    buffer = io.BytesIO()
-    save_image(img, buffer, format="png")
-    return buffer.getvalue()
+# Drawn by the scripts, written like a model file.
 
 
 def draw_images(images, columns, titles, space=8):
@@ -958,23 +1103,34 @@ class Curves:
     """TensorBoard events in a folder, written by process 0.
 
     They begin with purge_step: TensorBoard then drops what an interrupted run wrote from that epoch
-    on. SummaryWriter.add_scalars would not do so: several curves in a chart have a folder each.
+    on. SummaryWriter.add_scalars, whose names of folders we take, would not do so.
     """
 
     def __init__(self, folder):
-        self.folder, self.writer = folder, None
+        self.folder, self.writers = folder, {}
 
     def write(self, epoch, scalars, images=()):
-        """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails."""
+        """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails.
+
+        A value may be {part: value}: curves in one chart, each with a folder of its own.
+        """
         if rank() > 0:
             return
         with as_input_error(f"cannot write {self.folder}", OSError):
-            self.writer = self.writer or SummaryWriter(self.folder, purge_step=epoch)
             for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, epoch)
+                for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    folder = f"{tag.replace('/', '_')}_{part}" if part else ""
+                    self.writer(folder, epoch).add_scalar(tag, number, epoch)
             for tag, img in dict(images).items():
-                self.writer.add_image(tag, img, epoch)
-            self.writer.flush()
+                self.writer("", epoch).add_image(tag, img, epoch)
+            for writer in self.writers.values():
+                writer.flush()
+
+    def writer(self, subfolder, epoch):
+        if subfolder not in self.writers:
+            path = os.path.join(self.folder, subfolder)
+            self.writers[subfolder] = SummaryWriter(path, purge_step=epoch)
+        return self.writers[subfolder]
 
 
 def in_words(seconds):
@@ -987,17 +1143,23 @@ def in_words(seconds):
 class Progress:
     """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
 
-    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. They
-    begin with those before an interruption, if there was one. The bar is shown on a terminal only.
+    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. The bar
+    is shown on a terminal only.
     """
 
-    def __init__(self, device, names, sums=(), text="", total=0):
-        self.names, self.start, self.total = names, time.perf_counter(), total
+    def __init__(self, device, names):
+        self.device, self.names = device, names
+
+    def begin(self, total, sums=(), text=""):
+        """Begin an epoch of so many images, with the sums before an interruption, if there was."""
+        self.start, self.total = time.perf_counter(), total
         self.images_before = sums[0] if sums else 0
-        values = sums if sums and rank() == 0 else [0.0] * (1 + len(names))  # they count once
+        zeros = [0.0] * (1 + len(self.names))
+        values = sums if sums and rank() == 0 else zeros  # they count once
         values = torch.tensor(values, dtype=torch.float64)
-        self.sums = to_device(values, device)
-        self.host_sums = values.pin_memory() if device.type == "cuda" else values.clone()
+        self.sums = to_device(values, self.device)
+        on_gpu = self.device.type == "cuda"
+        self.host_sums = values.pin_memory() if on_gpu else values.clone()
         bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
         self.bar = tqdm(desc=text, total=total, initial=int(self.images_before), **bar)
 
@@ -1034,11 +1196,44 @@ class Progress:
         return f", {in_words(seconds / share)} left" if share else ""
 
 
+class Training:
+    """What an update changes: the weights of model, the optimizer, and in fp16 the loss's scale.
+
+    net: what is called to compute the losses; of the model, or its part that is trained. names: of
+    the losses, and of what else `backward` sums up.
+    """
+
+    def __init__(self, model, net, optim, names):
+        self.model, self.net, self.optim = model, net, optim
+        self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.precision == "fp16")
+        self.progress = Progress(net.device, names)
+
+    def backward(self, loss, batch_size, *others):
+        """Add a micro-batch's gradient to that of its batch's mean loss, and to the epoch's sums.
+
+        loss [b]; others [b] each, to be summed up only. batch_size: of all micro-batches and
+        processes together.
+        """
+        weight = world_size() / batch_size  # DDP averages the gradients of the processes
+        self.scaler.scale(loss.sum() * weight).backward()
+        self.progress.add(len(loss), loss.detach().sum(), *(x.sum() for x in others))
+
+    def step(self):
+        """Change the weights by the gradients, and forget these."""
+        self.scaler.step(self.optim)
+        self.scaler.update()
+        self.optim.zero_grad(set_to_none=True)
+
+    def parts(self):
+        """What a state keeps."""
+        return {"model": self.model, "optim": self.optim, "scaler": self.scaler}
+
+
 def print_settings(title, settings):
     print_rank_0(f"{title + ':':11}{', '.join(f'{name} {x}' for name, x in settings.items())}")
 
 
-def describe_run(args, settings, model, dataset, folder):
+def describe_run(args, training, dataset, folder):
     """Print once what this run is, beside its arguments."""
     n, num_val = len(dataset.train_images), len(dataset.val_images)
     if args.warmup_epoch >= args.total_epoch and not args.resume:
@@ -1050,27 +1245,21 @@ def describe_run(args, settings, model, dataset, folder):
         rate = min(args.base_learning_rate * args.batch_size, 1e-3 * 256) / size
         values = f"--batch_size {size} --base_learning_rate {rate:.1g}"
         print_rank_0(f"warning: --batch_size exceeds the {n:,} training images: try {values}")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in training.model.parameters())
     print_settings("libraries", versions())
-    print_settings("chosen", settings)
-    print_rank_0(f"model:     {type(model).__name__}, {parameters:,} parameters")
+    print_settings("chosen", training.net.settings)
+    print_rank_0(f"model:     {type(training.model).__name__}, {parameters:,} parameters")
     print_rank_0(f"dataset:   {args.dataset}, {n:,} training, {num_val:,} validation images")
     print_rank_0(f"curves:    {folder}")
 
 
 # ---------------------------------------------------------------------------- stop and resume
-# main calls start_run, and loops over the epochs and updates of its Run; get_args resume_args.
+# main calls start_run, and loops over the epochs and batches of its Run; get_args resume_args.
 
 
 def state_path(model_path):
     """vit-t-mae.pth -> vit-t-mae.state.pth"""
     return "{}.state{}".format(*os.path.splitext(model_path))
-
-
-def kept_paths(model_path, epoch, keep_every):
-    """After an epoch that --keep_every names, ["vit-t-mae-0400.pth"], else []."""
-    start, extension = os.path.splitext(model_path)
-    return [f"{start}-{epoch:04}{extension}"] if keep_every and epoch % keep_every == 0 else []
 
 
 def resume_args(parser, argv, output):
@@ -1087,10 +1276,12 @@ def resume_args(parser, argv, output):
     with as_input_error(f"{path} is not a state of this version", Exception):
         # Flags may be newer than the state. That of a script of long ago has no fingerprint.
         saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
+        if isinstance(saved.get("mask_ratio"), float):  # until November 2026
+            saved["mask_ratio"] = [saved["mask_ratio"]]
     if saved.keys() - defaults.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
-    changed = {name for name, value in vars(args).items() if value != saved[name]} - FREE_FLAGS
+    changed = {name for name, value in vars(args).items() if value != saved[name]} - MAY_CHANGE
     if changed:
         text = ", ".join(f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed))
         raise InputError(f"the run of {path} cannot go on with {text}")
@@ -1140,26 +1331,24 @@ class StopSignal:
 
 
 class Run:
-    """Where a run stands, and what it keeps on disk: curves, model files and a state to resume.
+    """Where a run stands, and what it keeps on disk: files, curves, and a state to resume from.
 
-        with start_run(args, "mae-pretrain", args.model_path, model, optim, scaler, dataset) as run:
+        with start_run(args, "mae-pretrain", args.model_path, training, dataset) as run:
             for epoch in run.epochs():
-                for update, batch in run.updates(batches, ["loss"]):
-                    train_batch(..., run.progress)  # adds its loss
-                results = run.progress.end()
-                run.curves.write(epoch, {"mae_loss": results["loss"]})
-                if run.end_epoch(save_now=...):
-                    run.save({args.model_path: model_bytes(...)})
+                for update, batch in run.updates(batches):
+                    ...                            # training.backward, training.step
+                results = training.progress.end()
+                run.report("the epoch's line", {"mae_loss": results["loss"]})
+                run.end_epoch({args.model_path: content}, kept=content)
 
     `updates` saves between updates when it is due. Told to stop by a signal, `updates` or `epochs`
     ends the program, once the state is saved. That is small (weights, optimizer, two counters, sums
     of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
     """
 
-    def __init__(self, args, name, model_path, model, optim, scaler, dataset):
+    def __init__(self, args, name, model_path, training, dataset):
         self.args, self.model_path, self.state_file = args, model_path, state_path(model_path)
-        self.model, self.optim, self.scaler = model, optim, scaler
-        self.fingerprint, folder = checksum(*dataset[:4]), None
+        self.training, self.fingerprint, folder = training, checksum(*dataset[:4]), None
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
         if args.resume:
             state = read_checkpoint(self.state_file)
@@ -1167,7 +1356,8 @@ class Run:
                 folder = self.restore(state)
         numbers = len(dataset.train_images), len(dataset.val_images)
         place = {"epoch": self.epoch, "update": self.update}
-        check_same_settings(images=numbers, **place, weights=checksum(*model.parameters()))
+        weights = checksum(*training.model.parameters())
+        check_same_settings(images=numbers, **place, weights=weights)
         if not args.resume and rank() == 0:
             keep_earlier_run(model_path)
             folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
@@ -1180,9 +1370,9 @@ class Run:
         """Take up the saved run -> its curves' folder. Raises an error if it does not fit."""
         if rank() == 0 and state["fingerprint"] != self.fingerprint:
             raise InputError(f"these are not the images of the run of {self.state_file}")
-        self.model.load_state_dict(state["model"])
-        self.optim.load_state_dict(state["optim"])
-        self.scaler.load_state_dict(state.get("scaler") or self.scaler.state_dict())
+        for name, part in self.training.parts().items():
+            if name != "scaler" or state.get(name):  # there is none of fp32, nor of long ago
+                part.load_state_dict(state[name])
         self.epoch, self.update = int(state["epoch"]), int(state["update"])
         self.sums, self.results = [float(x) for x in state["sums"]], dict(state["results"])
         total = self.args.total_epoch
@@ -1197,29 +1387,49 @@ class Run:
             yield self.epoch
             self.stop_if_told()
 
-    def updates(self, batches, names):
-        """Yield (update, batch) for what is left of the epoch. names: of progress's sums."""
-        device, total = self.optim.param_groups[0]["params"][0].device, sum(map(len, batches))
-        text = f"Epoch {self.epoch + 1}/{self.args.total_epoch}"
-        self.progress = Progress(device, names, self.sums, text, total)
+    def updates(self, batches):
+        """Yield (update, batch) for what is left of the epoch, of which batches are all."""
+        progress, total = self.training.progress, sum(map(len, batches))
+        progress.begin(total, self.sums, f"Epoch {self.epoch + 1}/{self.args.total_epoch}")
         for update, batch in enumerate(batches):
             if update < self.update:
                 continue
             yield update, batch
             self.update = update + 1
-            self.progress.end_update()
-            self.check_finite(self.progress.host_sums)
+            progress.end_update()
+            self.check_finite(progress.host_sums)
             if self.agree_to_save(60 * self.args.save_minutes):
                 self.save()
                 self.stop_if_told()
-        self.check_finite(self.progress.sums, scale=self.scaler.get_scale())  # of the last, too
+        self.check_finite(progress.sums, scale=self.training.scaler.get_scale())  # of the last, too
 
-    def end_epoch(self, save_now=False):
-        """Note that an epoch is done. True if the caller is to call `save`: after the last epoch,
-        or if it is asked for, due, or cheap (2 % of the time since)."""
+    def report(self, text, scalars, images=()):
+        """Write an epoch's curves, as `Curves.write` takes them, and print its line."""
+        values = [x.values() if isinstance(x, dict) else [x] for x in scalars.values()]
+        self.check_finite(torch.tensor([*itertools.chain(*values)]), *dict(images).values())
+        lr = self.training.optim.param_groups[-1]["lr"]  # without --layer_decay's factor
+        progress, total = self.training.progress, self.args.total_epoch
+        speed, left = progress.per_second, progress.time_left(total - self.epoch - 1)
+        scalars = scalars | {"lr": lr, "images_per_second": speed}
+        self.curves.write(self.epoch, scalars, images)
+        epoch = f"epoch {self.epoch + 1}/{total}"
+        print_rank_0(f"{epoch}: {text}, lr {lr:.2e}, {speed:,.0f} images/s{left}")
+
+    def end_epoch(self, files, kept, save_now=False):
+        """Note that an epoch is done, and save if it is the last, or if it is asked for, due, or
+        cheap (2 % of the time since).
+
+        files: as `save` takes them. kept: a model_content; after epoch 400, if --keep_every names
+        it, the model is saved as vit-t-mae-0400.pth, too.
+        """
         self.epoch, self.update, self.sums = self.epoch + 1, 0, []
+        start, extension = os.path.splitext(self.model_path)
+        if self.args.keep_every and self.epoch % self.args.keep_every == 0:
+            files, save_now = files | {f"{start}-{self.epoch:04}{extension}": kept}, True
+        last = self.epoch == self.args.total_epoch
         due = self.agree_to_save(min(50 * self.save_seconds, 60 * self.args.save_minutes))
-        return due or save_now or self.epoch == self.args.total_epoch
+        if due or save_now or last:
+            self.save(files)
 
     def agree_to_save(self, seconds):
         """Whether process 0 saved that long ago, or a signal came; all processes call it."""
@@ -1230,20 +1440,23 @@ class Run:
         return bool(both.any())
 
     def save(self, files=()):
-        """Write files, {path: bytes}, then the state: it never names results without their file.
+        """Write files, {path: what `encode` takes}, and last the state, which thus never names
+        results whose file is missing.
 
         Raises InputError on divergence, or if a file cannot be written: the state before stays.
         """
         begin = time.perf_counter()
-        sums = self.progress.sum_over_processes() if self.update else []
-        self.check_finite(torch.tensor(sums), *self.model.parameters())
+        sums = self.training.progress.sum_over_processes() if self.update else []
+        self.check_finite(torch.tensor(sums), *self.training.model.parameters())
         if rank() == 0:
             state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
             for name in ("epoch", "update", "results", "fingerprint"):
                 state[name] = getattr(self, name)
-            for name in ("model", "optim", "scaler"):
-                state[name] = getattr(self, name).state_dict()
-            for path, content in {**dict(files), self.state_file: to_bytes(state)}.items():
+            state |= {name: part.state_dict() for name, part in self.training.parts().items()}
+            files = dict(files) | {self.state_file: state}
+            # All are encoded before the first is written: a kill hardly ever comes in between.
+            encoded = {path: encode(content) for path, content in files.items()}
+            for path, content in encoded.items():
                 write_file(path, content)
         self.saved_at = time.perf_counter()
         self.save_seconds = self.saved_at - begin
@@ -1252,7 +1465,8 @@ class Run:
         """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             place = f"{self.epoch} epochs, {self.update} updates, at learning rate "
-            place += f"{self.optim.param_groups[-1]['lr']:.2e}: try --resume with --precision fp32"
+            place += f"{self.training.optim.param_groups[-1]['lr']:.2e}"
+            place += ": try --resume with --precision fp32"
             remedy = "or a new run with a lower --base_learning_rate or more --warmup_epoch"
             raise InputError(f"loss, weights or gradients are not finite after {place}, {remedy}")
 
@@ -1267,25 +1481,46 @@ class Run:
 
 
 @contextlib.contextmanager
-def start_run(args, name, model_path, *content):
-    """A Run that has its model file to itself. After it, signals, threads and hook are as before.
+def lock(model_path):
+    """No other run writes this model file meanwhile. Raises InputError if one does already.
 
-    Raises InputError if another run is writing this model file. The system gives the lock back
-    however a process dies; Windows and some file systems have none.
+    The system gives the lock back however a process dies; Windows and some file systems have none.
     """
     path = f"{state_path(model_path)}.lock"
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.getsignal(number))
-        stack.callback(setattr, threading, "excepthook", threading.excepthook)
-        threading.excepthook = lambda _: None  # of Curves' thread: its errors are raised by write
-        stack.callback(torch.set_num_threads, THREADS)
-        if rank() == 0:
-            with as_input_error(f"cannot write {path}", OSError):
-                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-                file = stack.enter_context(open(path, "w"))
-            with contextlib.suppress(OSError, NameError):
-                with as_input_error(f"another run is writing {model_path}", BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.callback(remove, path)
-        yield Run(args, name, model_path, *content)
+    with as_input_error(f"cannot write {path}", OSError):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, "w")
+    with file:
+        with contextlib.suppress(OSError, NameError):
+            with as_input_error(f"another run is writing {model_path}", BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            remove(path)
+
+
+@contextlib.contextmanager
+def restored_process():
+    """Afterwards signals, threads and the hook for errors in threads are as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = threading.excepthook
+    threading.excepthook = lambda _: None  # of Curves' thread: its errors are raised by write
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        threading.excepthook = hook
+        torch.set_num_threads(THREADS)
+
+
+@contextlib.contextmanager
+def start_run(args, name, model_path, training, dataset):
+    """A Run that has its model file to itself.
+
+    name: of the folder for its curves, if --run_name gives none.
+    """
+    own = lock(model_path) if rank() == 0 else contextlib.nullcontext()
+    with restored_process(), own:
+        yield Run(args, name, model_path, training, dataset)

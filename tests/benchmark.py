@@ -86,38 +86,37 @@ def get_args():
 def our_step(job, args, device, images, labels):
     """-> step(update, size): one update by that many images; and the micro-batch it takes."""
     torch.manual_seed(0)
-    mae = MAE_ViT()
+    mae, images, labels = MAE_ViT(), images.to(device), labels.to(device)
     if job == "pretrain":
         module, names = mae_pretrain.MAELoss(mae, patch_size=2), ["loss"]
-        blocks = [(1 + NUM_PATCHES // 4, 192)] * 12 + [(1 + NUM_PATCHES, 192)] * 4
-        example = [images[:1].to(device), torch.zeros(1, NUM_PATCHES, device=device)]
+        example = [images[:1], torch.zeros(1, NUM_PATCHES, device=device)]
     else:
         module, names = ViT_Classifier(mae.encoder), ["loss", "acc"]
-        blocks = train_classifier.blocks_of(module)
-        example = [utils.to_float(images[:1].to(device))]
+        example = [utils.to_float(images[:1])]
     args.batch_size, args.max_device_batch_size = args.batch, args.micro_batch
-    net, micro_batch, chosen = utils.prepare_model(
-        module, [device], args, example, blocks, num_images=0
-    )
+    net = utils.Net(module, [device], args, example)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=chosen["precision"] == "fp16")
-    images, labels = images.to(device), labels.to(device)
-    progress = utils.Progress(device, names)
-    progress.bar.disable = True
+    training = utils.Training(module, net, optim, names)
+    training.progress.begin(total=0)
+    training.progress.bar.disable = True
+
+    def losses(rows):
+        if job == "pretrain":
+            return [mae_pretrain.losses(net, images, **rows)]
+        return train_classifier.losses(net, images, labels, rows, strength=None)
 
     def step(update, size):
         rng = utils.generator("benchmark", update)
-        batch = torch.randperm(len(images), generator=rng)[:size]
+        rows = {"index": torch.randperm(len(images), generator=rng)[:size]}
         if job == "pretrain":
-            noise = torch.rand(len(batch), NUM_PATCHES, generator=rng)
-            data = images, batch, noise
-            mae_pretrain.train_batch(net, optim, scaler, *data, micro_batch, progress)
-        else:
-            data = images, labels, batch
-            train_classifier.train_batch(net, optim, scaler, *data, micro_batch, progress)
-        progress.end_update()
+            rows["noise"] = torch.rand(size, NUM_PATCHES, generator=rng)
+        for micro_batch in net.micro_batches(rows):
+            loss, *others = losses(micro_batch)
+            training.backward(loss, size, *others)
+        training.step()
+        training.progress.end_update()
 
-    return step, micro_batch
+    return step, net.size
 
 
 def source_step(job, args, device, images, labels):

@@ -60,7 +60,7 @@ def test_pretraining_writes_model_image_and_curves(capsys):
 
     content = read("new/folder/mae.pth")
     assert content["kind"] == "MAE_ViT" and content["epoch"] == 2
-    assert content["args"]["batch_size"] == 25 and content["args"]["mask_ratio"] == 0.75
+    assert content["args"]["batch_size"] == 25 and content["args"]["mask_ratio"] == [0.75]
     model = MAE_ViT(**content["architecture"])
     model.load_state_dict(content["model"], strict=True)
     assert content["metrics"]["loss"] == pytest.approx(scalars(folder, "mae_loss")[1][1], rel=1e-6)
@@ -235,7 +235,7 @@ def test_demo_sets_defaults_and_flags_win():
     assert args.batch_size == mae_pretrain.DEMO["batch_size"]
     args = mae_pretrain.get_args([])
     assert (args.seed, args.batch_size, args.max_device_batch_size) == (42, 4096, None)
-    assert (args.base_learning_rate, args.weight_decay, args.mask_ratio) == (1.5e-4, 0.05, 0.75)
+    assert (args.base_learning_rate, args.weight_decay, args.mask_ratio) == (1.5e-4, 0.05, [0.75])
     assert (args.total_epoch, args.warmup_epoch) == (2000, 200)
     assert (args.model_path, args.dataset) == ("vit-t-mae.pth", "cifar10")
     args = train_classifier.get_args([])
@@ -292,7 +292,8 @@ def test_what_does_not_fit_into_memory_is_halved_until_it_does(where, monkeypatc
     monkeypatch.setattr(MAE_ViT, "forward", with_little_memory)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     pretrain("--compile")
-    assert tried[:2] == [13, 6] and set(tried[2:]) == {1, 3}
+    tried = [n for n in tried if n > 1]  # one passes at first, to be measured
+    assert tried[:2] == [13, 6] and set(tried[2:]) == {3}
     assert "micro-batch 3\n" in capsys.readouterr().out
     same_weights("vit-t-mae.pth", "whole.pth", 1e-5)
     room = 0
@@ -367,21 +368,23 @@ def test_error_ends_the_process_without_traceback():
 
 
 @pytest.mark.parametrize(
-    ("script", "flag", "other"),
+    ("script", "flag", "meant"),
     [
-        (mae_pretrain, "--linear_probe", "train_classifier.py"),
-        (train_classifier, "--mask_ratio=0.5", "mae_pretrain.py"),
-        (train_classifier, "--model_pth", "mae_pretrain.py"),
+        (mae_pretrain, "--mask-ratio=0.5", "--mask_ratio"),
+        (mae_pretrain, "--base_lr", "--base_learning_rate"),
+        (train_classifier, "--output", "--output_model_path"),
+        (train_classifier, "--epochs", "--total_epoch"),
+        (train_classifier, "--xyz", None),
     ],
 )
-def test_a_flag_of_the_other_script_is_named(script, flag, other, monkeypatch, capsys):
+def test_the_flag_that_may_be_meant_is_named(script, flag, meant, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", flag])
     with pytest.raises(SystemExit) as stop:
         script.get_args()
     text = capsys.readouterr().err
     assert stop.value.code == 2 and len(text.splitlines()) == 1
-    meant = "--model_path" if flag == "--model_pth" else flag.partition("=")[0]
-    assert f"unrecognized arguments: {flag}: did you mean {meant} of {other}?" in text
+    hint = f": did you mean {meant}?" if meant else ""
+    assert f"unrecognized arguments: {flag}{hint} (--help" in text
 
 
 NO_MEMORY = [
