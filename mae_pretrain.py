@@ -12,12 +12,6 @@ PNG. The last two do not train: they show how a trained model, or the one that c
 repository, reconstructs your images.
 """
 
-import signal
-import sys
-
-if __name__ == "__main__" and "IPython" not in sys.modules:  # Ctrl-C ends the imports silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import inspect
 import math
 import os
@@ -36,8 +30,7 @@ DEMO = dict(
     warmup_epoch=1, model_path="vit-t-mae-demo.pth",
 )  # fmt: skip
 AFTER_DEMO = """
-Look at {png_path}: 16 images, each masked, reconstructed and as it was drawn.
-See next what pretraining is worth with 500 labels, from scratch and pretrained:
+Look at {png_path}: 16 images, each masked, reconstructed and as drawn. Next, with 500 labels:
     python train_classifier.py --demo
     python train_classifier.py --demo --pretrained_model_path {model_path} --output_model_path \
 vit-t-classifier-demo-pretrained.pth"""
@@ -63,9 +56,9 @@ def get_args(argv=None):
     add("--masking", choices=["random", "block", "grid"], default="random",
         help="random patches; rectangles; at 0.75, all but one of each 2x2 (paper, Table 1f)")
     add("--norm_pix_loss", action="store_true",
-        help="predict pixels normalised by the mean and standard deviation of their patch")
+        help="predict pixels normalised by their patch's mean and deviation (default: off)")
     parser.add_argument("--augment", action="store_true",
-        help="train on random resized crops, half of them flipped, as in the paper")
+        help="train on random resized crops, half of them flipped (default: off)")
     parser.add_argument("--reconstruct", metavar="PATH",
         help="no training: --model_path reconstructs an image or 16 of a folder (default: train)")
     utils.add_shared_flags(parser, "--model_path", "mae-pretrain", seed=42, batch_size=4096,
@@ -151,6 +144,19 @@ class MAELoss(torch.nn.Module):
         squared_error = (predicted_img.float() - img) ** 2
         return (squared_error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
+    @torch.no_grad()
+    def reconstruct(self, img, noise):
+        """img [B,3,H,W], noise [B,T] -> masked, reconstructed: [B,3,H,W] each.
+
+        The visible patches are as they are, the prediction elsewhere; after norm_pix_loss it is
+        de-normalised with the true patch's mean and standard deviation.
+        """
+        predicted_img, mask = self.model(img, noise)
+        if self.norm_pix_loss:
+            mean, std = patch_mean_std(img, self.patch_size)
+            predicted_img = predicted_img * std + mean
+        return img * (1 - mask), predicted_img * mask + img * (1 - mask)
+
 
 def patch_mean_std(img, patch_size):
     """Mean and standard deviation of every patch, over its pixels and channels: [B,1,H,W] each."""
@@ -161,27 +167,13 @@ def patch_mean_std(img, patch_size):
     )
 
 
-@torch.no_grad()
-def reconstruct(model, img, noise, patch_size, norm_pix_loss=False):
-    """img [B,3,H,W], noise [B,T] -> masked, reconstructed: [B,3,H,W] each.
-
-    The visible patches are as they are, the prediction elsewhere; after norm_pix_loss it is
-    de-normalised with the true patch's mean and standard deviation.
-    """
-    predicted_img, mask = model(img, noise)
-    if norm_pix_loss:
-        mean, std = patch_mean_std(img, patch_size)
-        predicted_img = predicted_img * std + mean
-    return img * (1 - mask), predicted_img * mask + img * (1 - mask)
-
-
-def reconstruction_grid(model, img, noise, patch_size, norm_pix_loss=False):
+def reconstruction_grid(mae_loss, img, noise):
     """img uint8 [B,3,H,W], noise [B,T] -> grid [3,H',W'] in [0, 1], two images to a row.
 
     Each is shown masked, reconstructed and as it is.
     """
     img = utils.to_float(img)
-    grid = torch.cat([*reconstruct(model, img, noise, patch_size, norm_pix_loss), img])
+    grid = torch.cat([*mae_loss.reconstruct(img, noise), img])
     w1 = 1 if len(img) % 2 else 2
     grid = rearrange(grid, "(v h1 w1) c h w -> c (h1 h) (w1 v w)", w1=w1, v=3)
     return ((grid + 1) / 2).clamp(0, 1)
@@ -191,6 +183,7 @@ def reconstruct_images(args):
     """--reconstruct: images through a trained model, masked and reconstructed at each ratio."""
     model, architecture, content = utils.load_model(args.model_path, "MAE_ViT")
     norm_pix_loss = content.get("args", {}).get("norm_pix_loss", False)
+    mae_loss = MAELoss(model, architecture["patch_size"], norm_pix_loss)
     path = utils.free_path(os.path.splitext(args.model_path)[0] + "-reconstructed.png")
     files = utils.list_images(args.reconstruct)[0]
     shown = [files[i] for i in utils.evenly_spaced(len(files), 16)]
@@ -202,7 +195,7 @@ def reconstruct_images(args):
         model.encoder.shuffle.ratio = ratio
         rng = utils.generator("shown", args.seed)
         noise = draw_noise(args.masking, len(img), num_patches, ratio, rng)
-        columns += reconstruct(model, img, noise, architecture["patch_size"], norm_pix_loss)
+        columns += mae_loss.reconstruct(img, noise)
         names += [f"{ratio:.0%} masked", "reconstructed"]
     images = torch.stack([*columns, img], 1).flatten(0, 1)  # a row for each image
     images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
@@ -264,9 +257,8 @@ def main(args):
     example = [utils.to_float(images[:1]) if args.augment else images[:1]]
     example.append(torch.zeros(1, num_patches, device=devices[0]))
     net = utils.Net(mae_loss, devices, args, example, num_images=args.total_epoch * num_images)
-    optim = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
+    adam = dict(betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optim = torch.optim.AdamW(model.parameters(), **adam)
     training = utils.Training(model, net, optim, ["loss"])
 
     def noise_of(n, rng):
@@ -295,9 +287,7 @@ def main(args):
             train = training.progress.end()
 
             model.eval()
-            grid = reconstruction_grid(
-                model, shown, shown_noise, args.patch_size, args.norm_pix_loss
-            )
+            grid = reconstruction_grid(mae_loss, shown, shown_noise)
             curves = {"mae_loss": train["loss"]}
             run.report(f"loss {train['loss']:.4f}", curves, {"mae_image": grid})
             more = {"epoch": epoch + 1, "metrics": train, "chosen": net.settings}

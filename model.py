@@ -170,12 +170,11 @@ class MAE_ViT(torch.nn.Module):
         decoder_layer=4, decoder_head=3, mask_ratio=0.75, decoder_dim=None,
     ):  # fmt: skip
         super().__init__()
-        self.encoder = MAE_Encoder(
-            image_size, patch_size, emb_dim, encoder_layer, encoder_head, mask_ratio
-        )
-        self.decoder = MAE_Decoder(
-            image_size, patch_size, decoder_dim or emb_dim, decoder_layer, decoder_head, emb_dim
-        )
+        sizes = dict(image_size=image_size, patch_size=patch_size)
+        encoder = sizes | dict(num_layer=encoder_layer, num_head=encoder_head, emb_dim=emb_dim)
+        decoder = sizes | dict(num_layer=decoder_layer, num_head=decoder_head, encoder_dim=emb_dim)
+        self.encoder = MAE_Encoder(**encoder, mask_ratio=mask_ratio)
+        self.decoder = MAE_Decoder(**decoder, emb_dim=decoder_dim or emb_dim)
 
     def forward(self, img, noise=None):
         """img [B,3,H,W], noise [B,T] or None -> predicted_img, mask: [B,3,H,W] each."""

@@ -13,16 +13,9 @@ best epoch to --output_model_path. The demo takes half a minute on two CPU cores
 from scratch, 63 % from the pretrained encoder (see tests/RESULTS.md).
 """
 
-import signal
-import sys
-
-if __name__ == "__main__" and "IPython" not in sys.modules:  # Ctrl-C ends the imports silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import os
 
@@ -51,7 +44,7 @@ def get_args(argv=None):
         "with --pretrained_model_path, read from that file").add_argument
     add("--pretrained_model_path", help="a file of mae_pretrain.py (default: train from scratch)")
     add("--from_scratch", action="store_true",
-        help="take the sizes of the pretrained model only, and new weights: for comparison")
+        help="take the pretrained model's sizes only, and new weights (default: its weights)")
     add("--image_size", type=utils.positive_int, help="side of the images in pixels (default: 32)")
     add("--patch_size", type=utils.positive_int, help="side of a patch in pixels (default: 2)")
     add("--emb_dim", type=utils.positive_int, help="a multiple of the heads (default: 192)")
@@ -69,7 +62,7 @@ def get_args(argv=None):
     add("--drop_path", type=rate, default=0.0, metavar="RATE",
         help="stochastic depth: how often to drop the last block's branches; earlier ones less")
     add("--linear_probe", action="store_true",
-        help="freeze the encoder and train a linear classifier on its normalised features")
+        help="train a linear classifier on the frozen, normalised features (default: off)")
     add("--holdout", type=utils.positive_int, metavar="N",
         help="choose the best epoch on N training images set aside (default: on the test images)")
     add("--eval", metavar="FILE",
@@ -115,12 +108,10 @@ def parameter_groups(model, layer_decay):
         return [{"params": list(model.parameters())}]
     top = len(model.transformer) + 1
     groups = [{"params": [], "lr_scale": layer_decay ** (top - i)} for i in range(top + 1)]
+    depths = {"layer_norm": top, "head": top}
     for name, parameter in model.named_parameters():
         part, index = [*name.split("."), ""][:2]
-        if part == "transformer":
-            depth = int(index) + 1
-        else:
-            depth = top if part in ("layer_norm", "head") else 0
+        depth = int(index) + 1 if part == "transformer" else depths.get(part, 0)
         groups[depth]["params"].append(parameter)
     return groups
 
@@ -222,15 +213,15 @@ def losses(net, images, labels, rows, strength):
         img, share = mix(distort(img, img_rand, strength), other, mix_rand, strength)
     inputs = (img, rows["drop"]) if "drop" in rows else (img,)
     logits = net(*inputs).float()  # [b,num_classes]
-    if "rand" not in rows:
-        loss = cross_entropy(logits, label, reduction="none")
-    else:
-        other_label, smooth = labels[rows["partner"]], SMOOTHING * strength
-        loss, other_loss = (
-            cross_entropy(logits, target, reduction="none", label_smoothing=smooth)
-            for target in (label, other_label)
-        )
-        loss = torch.lerp(other_loss, loss, share)
+
+    def loss_of(label):
+        smoothing = SMOOTHING * strength if "rand" in rows else 0.0
+        return cross_entropy(logits, label, reduction="none", label_smoothing=smoothing)
+
+    loss = loss_of(label)
+    if "rand" in rows:
+        other_label = labels[rows["partner"]]
+        loss = torch.lerp(loss_of(other_label), loss, share)
         label = torch.where(share < 0.5, other_label, label)  # the one that weighs more
     return loss, logits.argmax(-1) == label
 
@@ -250,8 +241,7 @@ def extract_features(model, devices, args, train_images, *others):
     """
     encoder = copy.deepcopy(model).eval()
     encoder.head = torch.nn.Identity()
-    example = [utils.to_float(train_images[:1])]
-    net = utils.Net(encoder, devices, args, example, cpu_limit=256)
+    net = utils.Net(encoder, devices, args, [utils.to_float(train_images[:1])], cpu_limit=256)
     train, *rest = (utils.predict(net, images, net.size) for images in (train_images, *others))
     variance = train.var(0, correction=min(1, len(train) - 1))  # a single image has none
     mean, std = train.mean(0), (variance + 1e-5).sqrt()
@@ -267,14 +257,7 @@ def fold_norm(model, mean, std):
     return model
 
 
-@functools.cache
-def load_fonts():
-    """Fonts of the usual systems, if they are there; the last is Pillow's own, for English."""
-    fonts = []
-    for name in ("DejaVuSans", "LiberationSans-Regular", "Arial Unicode", "arial", "msyh"):
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, size=12))
-    return [*fonts, ImageFont.load_default(size=12)]
+FONTS = "DejaVuSans", "LiberationSans-Regular", "Arial Unicode", "arial", "msyh"  # of the systems
 
 
 def write_text(draw, where, text, width, colour="black", anchor="la"):
@@ -282,12 +265,14 @@ def write_text(draw, where, text, width, colour="black", anchor="la"):
 
     If no font has them all, without those beyond ASCII.
     """
-    for font in load_fonts():
-        unknown = bytes(font.getmask("\uffff"))
-        if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
-            break
-    else:
-        text = "".join(filter(str.isascii, text))
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, size=12)
+            unknown = bytes(font.getmask("\uffff"))
+            if all(x == " " or bytes(font.getmask(x)) != unknown for x in text):
+                break
+    else:  # Pillow's own, for English
+        font, text = ImageFont.load_default(size=12), "".join(filter(str.isascii, text))
     while font.getlength(text) > width:
         text = text[:-1]
     draw.text(where, text, colour, font, anchor)
@@ -368,8 +353,8 @@ def predict_files(args):
     probability, predicted = classify(model, images, devices, args).softmax(-1).max(-1)
     for (path, _), p, i in zip(files, probability.tolist(), predicted.tolist(), strict=True):
         utils.print_rank_0(f"{path}: {classes[i]}, {p:.1%}")
-        name = os.path.basename(path)
-        captions.append([(f"{i} {classes[i]}", "black"), (f"{p:.0%}, {name}", "grey")])
+        text = f"{p:.0%}, {os.path.basename(path)}"
+        captions.append([(f"{i} {classes[i]}", "black"), (text, "grey")])
     shown = utils.evenly_spaced(len(files), 40).tolist()
     if utils.rank() == 0:
         img = draw_captioned(images[shown], "predicted", [captions[i] for i in shown])
@@ -467,9 +452,8 @@ def main(args):
         example = [torch.zeros(1, args.emb_dim, device=devices[0])]
     num_images = args.total_epoch * len(images)
     net = utils.Net(trained, devices, args, example, num_images, cpu_limit=256)
-    optim = torch.optim.AdamW(
-        groups, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-    )
+    adam = dict(betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    optim = torch.optim.AdamW(groups, **adam)
     training = utils.Training(model, net, optim, ["loss", "acc"])
 
     path, num_epochs = args.output_model_path, args.total_epoch

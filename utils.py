@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import glob
 import hashlib
 import importlib
@@ -30,7 +31,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -107,7 +107,7 @@ def print_rank_0(text):
     try:
         tqdm.write(text)  # above the progress bar, if there is one
         sys.stdout.flush()
-    except OSError:
+    except (OSError, AttributeError):  # of a standard output that was closed before the start
         sys.stdout = open(os.devnull, "w")
 
 
@@ -134,7 +134,6 @@ def one_line_errors():
 
     `python -X dev` shows the traceback instead.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may have been closed
     with contextlib.suppress(AttributeError):  # a notebook's prints every character anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -203,8 +202,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the script's own line breaks, and adds the defaults that help texts do not tell."""
 
     def _get_help_string(self, action):
-        if action.default is False:
-            return f"{action.help} (default: off)"
         return action.help if "default:" in action.help else super()._get_help_string(action)
 
 
@@ -217,9 +214,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description, demo, duration):
         super().__init__(usage="%(prog)s [options]", description=description, allow_abbrev=False)
         self.formatter_class, self.demo = HelpFormatter, demo
-        values = ", ".join(f"{name} {value}" for name, value in demo.items())
-        self.add_argument("--demo", action="store_true",
-            help=f"defaults for a small offline run that takes {duration}: {values}")  # fmt: skip
+        text = f"defaults for a small offline run that takes {duration} (default: off)"
+        self.add_argument("--demo", action="store_true", help=text)
 
     def parse_args(self, args=None, namespace=None):
         if namespace is None and self.parse_known_args(args)[0].demo:
@@ -294,7 +290,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
         help="every N epochs, also keep the model, such as model-0400.pth (default: off)")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
         help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
-    add("--resume", action="store_true", help="go on; other flags need not be repeated")
+    add("--resume", action="store_true", help="go on; other flags need not be given (default: off)")
     parser.set_defaults(**defaults)
 # fmt: on
 
@@ -394,34 +390,26 @@ def stratified_subset(labels, n, flag="--train_images"):
 IMAGES = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
 
 
-def has_images(root):
-    """Whether an image lies in the folder, or up to two folders deeper."""
-    for pattern in ("*", "*/*", "*/*/*"):
-        if any(x.lower().endswith(IMAGES) for x in glob.iglob(pattern, root_dir=root)):
-            return True
-    return False
-
-
 def download(args):
-    """Let torchvision download CIFAR-10 or CIFAR-100 if that is the dataset, in process 0.
+    """Let torchvision download CIFAR-10 or CIFAR-100 in process 0; the others wait.
 
     Raises InputError if that fails, or if the images are not those of CIFAR.
     """
     name, root = args.dataset, args.data_path
-    if name not in ("cifar10", "cifar100"):
-        return
     own = "for images of your own add --dataset folder --data_path FOLDER"
     if args.image_size != 32:
         raise InputError(f"image size {args.image_size} does not fit {name}'s 32x32: {own}")
     dataset = getattr(datasets, name.upper())
     there = any(os.path.exists(f"{root}/{x}") for x in (dataset.base_folder, dataset.filename))
-    if not there and has_images(root):
+    # Not deeper: it may be a folder of several datasets.
+    below = itertools.chain(*(glob.iglob(x, root_dir=root) for x in ("*", "*/*", "*/*/*")))
+    if not there and any(name.lower().endswith(IMAGES) for name in below):
         raise InputError(f"{root} has images, no {name}: add --dataset folder or a new --data_path")
     if rank() == 0:
         place = f"put {dataset.filename} from {dataset.url} into {root}{os.sep}, or try --demo"
         with as_input_error(f"cannot get {name}: {place}", OSError, RuntimeError):
             dataset(root, train=False, download=True)
-    reduce_over_processes(torch.zeros(1))  # the others wait
+    reduce_over_processes(torch.zeros(1))
 
 
 def read_cifar(name, root, num_train=None):
@@ -587,12 +575,12 @@ def load_dataset(args, device, need_classes=True):
     Raises InputError if it cannot. args.train_images: None for all, 0 for none. need_classes: every
     image must lie in the folder of its class.
     """
-    download(args)
     if args.dataset == "shapes":
         images = read_shapes(args.image_size, args.train_images)
     elif args.dataset == "folder":
         images = read_folder(args.data_path, args.image_size, args.train_images, need_classes)
     else:
+        download(args)
         images = read_cifar(args.dataset, args.data_path, args.train_images)
     return ImageSet(*(x.to(device) for x in images[:4]), images.classes)
 
@@ -621,8 +609,7 @@ def choose_devices(name):
     remedy = "install a newer NVIDIA driver, or the PyTorch for this GPU from pytorch.org"
     if not gpus and (name == "cuda" or (count and world_size() > 1)):
         raise InputError(f"{failures[0]}: use --device cpu, or {remedy}")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if count or (not hidden and subprocess.getstatusoutput("nvidia-smi")[0] == 0):
+    if count:
         rest = "left out" if gpus else f"using the CPU; to use the GPU, {remedy}"
         print("".join(f"warning: {x}: {rest}\n" for x in failures), end="", file=sys.stderr)
     return gpus or [torch.device("cpu")]
@@ -650,8 +637,8 @@ def attention_sizes(module, example):
     sizes, hooks = [], []
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):  # timm's Attention, called with [1,tokens,width]
-            hook = layer.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[1:]))
-            hooks.append(hook)
+            note = lambda _, inputs: sizes.append(inputs[0].shape[1:])  # noqa: E731
+            hooks.append(layer.register_forward_pre_hook(note))
     with torch.no_grad():
         module(*example)
     for hook in hooks:
@@ -713,16 +700,6 @@ class Accelerated(torch.nn.Module):
         for layer in module.modules():
             if hasattr(layer, "fused_attn"):  # timm's: PyTorch's is slow in 16 bits on a CPU
                 layer.fused_attn = device.type == "cuda" or precision == "fp32"
-
-    def compile_for(self, size, graphs):
-        """graphs: of CUDA, which launch the kernels of a pass all at once: a GPU outruns its host.
-
-        They are for updates of one micro-batch: a graph's gradients replace those before, where
-        several should add up (pytorch/pytorch#96693).
-        """
-        mode = "reduce-overhead" if graphs else None
-        self.compiled = torch.compile(self.run, dynamic=False, fullgraph=True, mode=mode)
-        self.compiled_size = size
 
     def run(self, *inputs):
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
@@ -788,8 +765,8 @@ class Net:
         if world_size() > 1:
             name = f"{world_size()} processes, {name} each"
         self.size, compiled = size * n, bool(self.accelerated.compiled_size)
-        self.settings = {"device": name, "precision": self.precision, "compile": compiled}
-        self.settings["micro-batch"] = size
+        self.settings = {"device": name, "precision": self.precision}
+        self.settings |= {"compile": compiled, "micro-batch": size}
 
     def __call__(self, *inputs):
         return self.call(*inputs)
@@ -825,11 +802,16 @@ class Net:
         What does not compile, or then computes something else, stays uncompiled, with a warning, or
         is an InputError if args.compile asks for it.
         """
-        one_pass = world_size() == 1 and size >= args.batch_size
-        on_nvidia = self.device.type == "cuda" and not torch.version.hip
+        net = self.accelerated
+        # CUDA graphs launch the kernels of a pass all at once, as a GPU outruns its host. Not for
+        # several micro-batches: a graph's gradients replace those before (pytorch/pytorch#96693).
+        graphs = self.device.type == "cuda" and not torch.version.hip
+        graphs = graphs and world_size() == 1 and size >= args.batch_size
+        mode = "reduce-overhead" if graphs else None
         try:
             expected = self.trial(example, size)
-            self.accelerated.compile_for(size, graphs=on_nvidia and one_pass)
+            net.compiled = torch.compile(net.run, dynamic=False, fullgraph=True, mode=mode)
+            net.compiled_size = size
             for _ in range(3):  # a graph is compiled, recorded and replayed
                 values = self.trial(example, size).where(expected.isfinite(), expected)
             error = (values - expected).norm() / expected.norm()
@@ -839,7 +821,7 @@ class Net:
             if args.compile:
                 raise InputError(f"cannot --compile ({reason(error)}): leave it out") from error
             print_rank_0(f"warning: cannot compile ({reason(error)}): training uncompiled")
-            self.accelerated.compiled_size = None
+            net.compiled_size = None
 
     def micro_batches(self, rows):
         """Yield this process's shard of a batch in micro-batches, on the device.
@@ -848,12 +830,11 @@ class Net:
         dictionary. Each process yields at least one, maybe empty; DDP exchanges gradients in the
         last only.
         """
-        parts = {name: to_device(shard(x), self.device) for name, x in rows.items()}
-        parts = {name: x.split(self.size) for name, x in parts.items()}
-        micro_batches = list(zip(*parts.values(), strict=True))
+        own = {name: to_device(shard(x), self.device).split(self.size) for name, x in rows.items()}
+        micro_batches = list(zip(*own.values(), strict=True))
         for i, micro_batch in enumerate(micro_batches, 1):
             self.call.require_backward_grad_sync = i == len(micro_batches)  # DDP's
-            yield dict(zip(parts, micro_batch, strict=True))
+            yield dict(zip(own, micro_batch, strict=True))
 
 
 @torch.no_grad()
@@ -1106,8 +1087,11 @@ class Curves:
     on. SummaryWriter.add_scalars, whose names of folders we take, would not do so.
     """
 
-    def __init__(self, folder):
-        self.folder, self.writers = folder, {}
+    def __init__(self, folder, epoch=0):
+        self.folder = folder
+        self.writer = functools.cache(
+            lambda part: SummaryWriter(os.path.join(folder, part), purge_step=epoch)
+        )
 
     def write(self, epoch, scalars, images=()):
         """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails.
@@ -1119,25 +1103,12 @@ class Curves:
         with as_input_error(f"cannot write {self.folder}", OSError):
             for tag, value in scalars.items():
                 for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    folder = f"{tag.replace('/', '_')}_{part}" if part else ""
-                    self.writer(folder, epoch).add_scalar(tag, number, epoch)
+                    writer = self.writer(f"{tag.replace('/', '_')}_{part}" if part else "")
+                    writer.add_scalar(tag, number, epoch)
+                    writer.flush()
             for tag, img in dict(images).items():
-                self.writer("", epoch).add_image(tag, img, epoch)
-            for writer in self.writers.values():
-                writer.flush()
-
-    def writer(self, subfolder, epoch):
-        if subfolder not in self.writers:
-            path = os.path.join(self.folder, subfolder)
-            self.writers[subfolder] = SummaryWriter(path, purge_step=epoch)
-        return self.writers[subfolder]
-
-
-def in_words(seconds):
-    """A duration, as short as it can be told: 40 s, 5 min, 2 h 10 min or 13 days."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    short = f"{minutes} min" if hours or minutes > 1 else f"{seconds:.0f} s"
-    return f"{hours / 24:.0f} days" if hours >= 48 else f"{hours} h {short}" if hours else short
+                self.writer("").add_image(tag, img, epoch)
+                self.writer("").flush()
 
 
 class Progress:
@@ -1154,12 +1125,10 @@ class Progress:
         """Begin an epoch of so many images, with the sums before an interruption, if there was."""
         self.start, self.total = time.perf_counter(), total
         self.images_before = sums[0] if sums else 0
-        zeros = [0.0] * (1 + len(self.names))
-        values = sums if sums and rank() == 0 else zeros  # they count once
-        values = torch.tensor(values, dtype=torch.float64)
+        values = list(sums) if rank() == 0 else []  # they count once
+        values = torch.tensor(values or [0.0] * (1 + len(self.names)), dtype=torch.float64)
         self.sums = to_device(values, self.device)
-        on_gpu = self.device.type == "cuda"
-        self.host_sums = values.pin_memory() if on_gpu else values.clone()
+        self.host_sums = values.pin_memory() if self.device.type == "cuda" else values.clone()
         bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
         self.bar = tqdm(desc=text, total=total, initial=int(self.images_before), **bar)
 
@@ -1190,10 +1159,10 @@ class Progress:
         return self.means(*sums)
 
     def time_left(self, epochs):
-        """What so many more epochs take at the pace of this one: ", 2 h 10 min left"."""
+        """What so many more epochs take at the pace of this one, in h:mm:ss: ", 2:10:33 left"."""
         share = 1 - self.images_before / self.total  # of this epoch, if it was resumed
         seconds = (time.perf_counter() - self.start) * epochs
-        return f", {in_words(seconds / share)} left" if share else ""
+        return f", {tqdm.format_interval(round(seconds / share))} left" if share else ""
 
 
 class Training:
@@ -1207,6 +1176,7 @@ class Training:
         self.model, self.net, self.optim = model, net, optim
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.precision == "fp16")
         self.progress = Progress(net.device, names)
+        self.parts = {"model": model, "optim": optim, "scaler": self.scaler}  # for a state
 
     def backward(self, loss, batch_size, *others):
         """Add a micro-batch's gradient to that of its batch's mean loss, and to the epoch's sums.
@@ -1223,10 +1193,6 @@ class Training:
         self.scaler.step(self.optim)
         self.scaler.update()
         self.optim.zero_grad(set_to_none=True)
-
-    def parts(self):
-        """What a state keeps."""
-        return {"model": self.model, "optim": self.optim, "scaler": self.scaler}
 
 
 def print_settings(title, settings):
@@ -1276,8 +1242,6 @@ def resume_args(parser, argv, output):
     with as_input_error(f"{path} is not a state of this version", Exception):
         # Flags may be newer than the state. That of a script of long ago has no fingerprint.
         saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
-        if isinstance(saved.get("mask_ratio"), float):  # until November 2026
-            saved["mask_ratio"] = [saved["mask_ratio"]]
     if saved.keys() - defaults.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
@@ -1314,17 +1278,21 @@ def keep_earlier_run(model_path):
 class StopSignal:
     """Notes SIGINT and SIGTERM, so that the update under way can finish and the run be saved."""
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+    def __enter__(self):
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.number, self.before = 0, {x: signal.signal(x, self.note) for x in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, _):
         """A second signal stops at once, but not under torchrun, which passes on signals that its
         processes may already have got."""
         self.number = number
         if world_size() == 1:
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in self.before:
                 signal.signal(each, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print: the signal may have come in one
                 os.write(2, b"\nstopping after this update; once more to stop at once\n")
@@ -1346,7 +1314,7 @@ class Run:
     of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
     """
 
-    def __init__(self, args, name, model_path, training, dataset):
+    def __init__(self, args, name, model_path, training, dataset, stop):
         self.args, self.model_path, self.state_file = args, model_path, state_path(model_path)
         self.training, self.fingerprint, folder = training, checksum(*dataset[:4]), None
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
@@ -1361,7 +1329,7 @@ class Run:
         if not args.resume and rank() == 0:
             keep_earlier_run(model_path)
             folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
-        self.curves, self.signal, self.agreed_signal = Curves(folder), StopSignal(), 0
+        self.curves, self.signal, self.agreed_signal = Curves(folder, self.epoch), stop, 0
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         if not args.resume:
             self.save()
@@ -1370,7 +1338,7 @@ class Run:
         """Take up the saved run -> its curves' folder. Raises an error if it does not fit."""
         if rank() == 0 and state["fingerprint"] != self.fingerprint:
             raise InputError(f"these are not the images of the run of {self.state_file}")
-        for name, part in self.training.parts().items():
+        for name, part in self.training.parts.items():
             if name != "scaler" or state.get(name):  # there is none of fp32, nor of long ago
                 part.load_state_dict(state[name])
         self.epoch, self.update = int(state["epoch"]), int(state["update"])
@@ -1452,7 +1420,7 @@ class Run:
             state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
             for name in ("epoch", "update", "results", "fingerprint"):
                 state[name] = getattr(self, name)
-            state |= {name: part.state_dict() for name, part in self.training.parts().items()}
+            state |= {name: part.state_dict() for name, part in self.training.parts.items()}
             files = dict(files) | {self.state_file: state}
             # All are encoded before the first is written: a kill hardly ever comes in between.
             encoded = {path: encode(content) for path, content in files.items()}
@@ -1501,26 +1469,16 @@ def lock(model_path):
 
 
 @contextlib.contextmanager
-def restored_process():
-    """Afterwards signals, threads and the hook for errors in threads are as before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook = threading.excepthook
-    threading.excepthook = lambda _: None  # of Curves' thread: its errors are raised by write
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        threading.excepthook = hook
-        torch.set_num_threads(THREADS)
-
-
-@contextlib.contextmanager
 def start_run(args, name, model_path, training, dataset):
-    """A Run that has its model file to itself.
+    """A Run that has its model file to itself. After it, signals, threads and hook are as before.
 
     name: of the folder for its curves, if --run_name gives none.
     """
     own = lock(model_path) if rank() == 0 else contextlib.nullcontext()
-    with restored_process(), own:
-        yield Run(args, name, model_path, training, dataset)
+    hook, threading.excepthook = threading.excepthook, lambda _: None  # Curves.write raises those
+    try:
+        with own, StopSignal() as stop:
+            yield Run(args, name, model_path, training, dataset, stop)
+    finally:
+        threading.excepthook = hook
+        torch.set_num_threads(THREADS)

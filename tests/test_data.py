@@ -19,7 +19,6 @@ def load(dataset, path="data", image_size=32, train_images=None, need_classes=Tr
     args = argparse.Namespace(
         dataset=dataset, data_path=str(path), image_size=image_size, train_images=train_images
     )
-    utils.download(args)
     return utils.load_dataset(args, CPU, need_classes)
 
 

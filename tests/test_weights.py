@@ -32,7 +32,7 @@ def error_and_that_of_means(path):
     with torch.no_grad():
         mask = model(img, noise)[1]
     told, size = content["args"]["norm_pix_loss"], architecture["patch_size"]
-    reconstructed = mae_pretrain.reconstruct(model, img, noise, size, told)[1]
+    reconstructed = mae_pretrain.MAELoss(model, size, told).reconstruct(img, noise)[1]
     mean = img.mean((2, 3), keepdim=True)
     if told:
         mean = mae_pretrain.patch_mean_std(img, size)[0]
