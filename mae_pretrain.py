@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 
+import numpy as np
 import torch
 from einops import rearrange
 from torchvision.transforms.functional import to_tensor
@@ -238,13 +239,14 @@ def main(args):
     utils.check_same_flags(args)
     if args.reconstruct:
         return reconstruct_images(args)
-    if len(args.mask_ratio) > 1:
+    ratio, *others = np.ravel(args.mask_ratio).tolist()  # a number in states of earlier versions
+    if others:
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.print_settings("arguments", vars(args))
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
-    architecture["mask_ratio"] = ratio = args.mask_ratio[0]
+    architecture["mask_ratio"] = ratio
     architecture["decoder_dim"] = args.decoder_dim or args.emb_dim
     model = MAE_ViT(**architecture)
     num_patches = len(model.encoder.pos_embedding)

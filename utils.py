@@ -753,16 +753,14 @@ class Net:
         self.call = self.accelerated = Accelerated(module, self.device, self.precision)
         if n > 1:
             self.call = DataParallel(self.accelerated, devices)
-        if n > 1 and self.training:
             print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
         if on_gpu or compile:
             size = self.fit(example, size, n)
         if compile:
             self.compile(example, size, args)
         name = f"{n} x {torch.cuda.get_device_name(self.device)}" if on_gpu else "CPU"
-        if world_size() > 1 and self.training:
-            self.call = DistributedDataParallel(self.accelerated, gradient_as_bucket_view=True)
         if world_size() > 1:
+            self.call = DistributedDataParallel(self.accelerated, gradient_as_bucket_view=True)
             name = f"{world_size()} processes, {name} each"
         self.size, compiled = size * n, bool(self.accelerated.compiled_size)
         self.settings = {"device": name, "precision": self.precision}
