@@ -99,9 +99,10 @@ def block_noise(rand, grid, mask_ratio):
         centre = (start * (grid - side + 1)).floor() + (side - 1) / 2
         return (torch.arange(grid) - centre[..., None]).abs() / (side[..., None] / 2)
 
-    rows, columns, K = distance(area * shape, top), distance(area / shape, left), rand.shape[1]
+    rows, columns = distance(area * shape, top), distance(area / shape, left)
     turn = torch.full((len(rand), grid**2), math.inf)  # when a patch is hidden
-    for k in range(K):
+    K = rand.shape[1]
+    for k in range(K):  # inside of rectangle k in turn k, outside of all in turn K, from the centre
         farther = torch.maximum(rows[:, k, :, None], columns[:, k, None, :]).flatten(1)
         turn = turn.minimum(torch.where(farther < 1, float(k), float(K)) + farther)
     return -turn  # the model shows the patches of least noise
@@ -135,7 +136,7 @@ class MAELoss(torch.nn.Module):
         self.model, self.patch_size, self.norm_pix_loss = model, patch_size, norm_pix_loss
 
     def forward(self, img, noise):
-        """img uint8 [B,3,H,W], noise [B,T] -> loss [B]."""
+        """img [B,3,H,W], uint8 or float, noise [B,T] -> loss [B]."""
         img = utils.to_float(img)
         predicted_img, mask = self.model(img, noise)
         if self.norm_pix_loss:
@@ -169,7 +170,8 @@ def patch_mean_std(img, patch_size):
 
 
 def reconstruction_grid(mae_loss, img, noise):
-    """img uint8 [B,3,H,W], noise [B,T] -> grid [3,H',W'] in [0, 1], two images to a row.
+    """img uint8 [B,3,H,W], noise [B,T] -> grid [3,H',W'] in [0, 1], two images to a row, or one if
+    their number is odd.
 
     Each is shown masked, reconstructed and as it is.
     """
@@ -223,16 +225,16 @@ def random_resized_crop(img, rand):
     return utils.warp(img, matrix, "bicubic", "border").clamp(-1, 1)
 
 
-def losses(net, images, index, noise, **crop):
-    """The loss of each image of a micro-batch, [b]; net is a MAELoss.
+def losses(net, images, rows):
+    """The loss of each image of a micro-batch, [b]; net is the Net of a MAELoss.
 
-    index [b] of images, noise [b,T] of the masks; with --augment crop=[b,5], what
-    `random_resized_crop` takes.
+    rows: "index" [b] of images, "noise" [b,T] of the masks, and with --augment "crop" [b,5], the
+    random numbers of `random_resized_crop`.
     """
-    img = images[index]
-    if crop:
-        img = random_resized_crop(utils.to_float(img), crop["crop"])
-    return net(img, noise)
+    img = images[rows["index"]]
+    if "crop" in rows:
+        img = random_resized_crop(utils.to_float(img), rows["crop"])
+    return net(img, rows["noise"])
 
 
 def main(args):
@@ -245,6 +247,7 @@ def main(args):
     utils.print_settings("arguments", vars(args))
     utils.setup_seed(args.seed)
     devices = utils.choose_devices(args.device)
+    # Every argument of MAE_ViT is a flag.
     architecture = {name: getattr(args, name) for name in inspect.signature(MAE_ViT).parameters}
     architecture["mask_ratio"] = ratio
     architecture["decoder_dim"] = args.decoder_dim or args.emb_dim
@@ -258,7 +261,7 @@ def main(args):
     mae_loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
     example = [utils.to_float(images[:1]) if args.augment else images[:1]]
     example.append(torch.zeros(1, num_patches, device=devices[0]))
-    net = utils.Net(mae_loss, devices, args, example, num_images=args.total_epoch * num_images)
+    net = utils.Net(mae_loss, devices, args, example, total=args.total_epoch * num_images)
     adam = dict(betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     optim = torch.optim.AdamW(model.parameters(), **adam)
     training = utils.Training(model, net, optim, ["loss"])
@@ -284,14 +287,14 @@ def main(args):
                 if args.augment:
                     rows["crop"] = torch.rand(len(batch), 5, generator=rng)
                 for micro_batch in net.micro_batches(rows):
-                    training.backward(losses(net, images, **micro_batch), len(batch))
+                    training.backward(losses(net, images, micro_batch), len(batch))
                 training.step()
             train = training.progress.end()
 
             model.eval()
             grid = reconstruction_grid(mae_loss, shown, shown_noise)
-            curves = {"mae_loss": train["loss"]}
-            run.report(f"loss {train['loss']:.4f}", curves, {"mae_image": grid})
+            loss = train["loss"]
+            run.report(f"loss {loss:.4f}", {"mae_loss": loss}, {"mae_image": grid})
             more = {"epoch": epoch + 1, "metrics": train, "chosen": net.settings}
             content = utils.model_content(model, architecture, args, **more)
             run.end_epoch({args.model_path: content, png_path: grid}, kept=content)

@@ -127,7 +127,7 @@ def distort(img, rand, strength=1.0):
     The operations are most of TrivialAugment's (arXiv:2103.10158), of which torchvision applies
     one to the whole batch. strength: from 0, only shift and flip, to 1.
     """
-    # Nine random numbers an image: of an operation, a shift, a flip and a square.
+    # Nine random numbers an image: two of an operation, three of shift and flip, four of a square.
     operation, strength_rand, *shift, flip_rand = rand[:, :5].unbind(1)
     erase, side, x, y = rand[:, 5:].unbind(1)
 
@@ -174,6 +174,7 @@ def mix(img, other, rand, strength=1.0):
     """
     kind, amount, x, y = rand.unbind(1)
     cut = square_mask(img, (1 - amount).sqrt(), x, y)
+    # Of a strength of 0 no share: infinite kinds are above MIX.
     kind, amount = kind[:, None, None, None] / strength, amount[:, None, None, None]
     weight = torch.where(kind < MIX / 2, (~cut).float(), torch.where(kind < MIX, amount, 1.0))
     return weight * img + (1 - weight) * other, weight.expand_as(img).mean((1, 2, 3))
@@ -411,7 +412,7 @@ def hold_out(dataset, n):
     return utils.ImageSet(images[rest], labels[rest], images[held], labels[held], dataset.classes)
 
 
-def report(args, results, num_test):
+def summary(args, results, num_test):
     """The accuracies of a run, each named by the images on which its epoch was chosen."""
     best, last = results["best"], results["last"]
     chosen, kind, key = "these images", "validation", "acc"
@@ -450,8 +451,7 @@ def main(args):
     if args.linear_probe:
         name, trained, groups = "probe-cls", model.head, model.head.parameters()
         example = [torch.zeros(1, args.emb_dim, device=devices[0])]
-    num_images = args.total_epoch * len(images)
-    net = utils.Net(trained, devices, args, example, num_images, cpu_limit=256)
+    net = utils.Net(trained, devices, args, example, args.total_epoch * len(images), cpu_limit=256)
     adam = dict(betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     optim = torch.optim.AdamW(groups, **adam)
     training = utils.Training(model, net, optim, ["loss", "acc"])
@@ -497,7 +497,7 @@ def main(args):
             architecture = sizes | {"num_classes": len(classes)}
             content = utils.model_content(saved, architecture, args, **more)
             run.end_epoch({path: content} if best else {}, kept=content, save_now=best)
-    utils.print_rank_0(f"{report(args, run.results, len(test_images))}: {path}")
+    utils.print_rank_0(f"{summary(args, run.results, len(test_images))}: {path}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ A run meets these classes in this order:
     Run         where a run stands and what it keeps on disk: it can be stopped anywhere
     Curves      TensorBoard's files
 
-A script reads its images, makes the model, its Net, the optimizer and the Training, and starts a
-Run. That yields the epochs and, of each, the batches. The script draws what an update needs, and
+A script makes a model, reads its images, makes the Net, the optimizer and the Training, and starts
+a Run. That yields the epochs and, of each, the batches. The script draws what an update needs, and
 for every micro-batch of the Net computes the losses and hands them to `Training.backward`; then
 `Training.step` changes the weights. After the epoch `Run.report` writes curves and a line, and
 `Run.end_epoch` the files, if they are due.
@@ -294,8 +294,8 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     parser.set_defaults(**defaults)
 # fmt: on
 
-# These change a result by rounding only: they may differ between processes, and when a run is
-# resumed.
+# These do not change a result, or by rounding only: they may differ between processes, and when a
+# run is resumed.
 MAY_CHANGE = {
     "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
     "model_path", "output_model_path", "precision", "resume", "save_minutes",
@@ -333,12 +333,11 @@ def learning_rate(epoch, base_learning_rate, batch_size, total_epoch, warmup_epo
 
 
 def set_learning_rate(optim, epoch, args):
-    """Give the optimizer this epoch's learning rate, and return it."""
+    """Give the optimizer this epoch's learning rate."""
     recipe = args.base_learning_rate, args.batch_size, args.total_epoch, args.warmup_epoch
     lr = learning_rate(epoch, *recipe)
     for group in optim.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
 
 
 # -------------------------------------------------------------------------------------- images
@@ -599,7 +598,7 @@ def choose_devices(name):
     count, gpus, failures = torch.cuda.device_count(), [], []
     one_each = world_size() > 1 and count > 1  # Slurm may show each task its own GPU only
     for i in [int(os.environ["LOCAL_RANK"])] if one_each else range(max(count, 1)):
-        if i >= count > 0:
+        if count > 0 and i >= count:
             raise InputError(f"--nproc_per_node is above the number of GPUs here, {count}")
         try:
             torch.ones(1, device=f"cuda:{i}").add(1).item()  # a driver or GPU may be too old
@@ -730,19 +729,19 @@ class Net:
     settings: what was chosen, to be printed. Training and evaluation mode as the module has it now.
     """
 
-    def __init__(self, module, devices, args, example, num_images=0, cpu_limit=128):
-        """example: what the module is called with, for one image. num_images: of all epochs, which
-        decide whether compiling pays. cpu_limit: of the micro-batch on a CPU.
+    def __init__(self, module, devices, args, example, total=0, cpu_limit=128):
+        """example: what the module is called with, for one image. total: the images of all epochs,
+        which decide whether compiling pays. cpu_limit: of the micro-batch on a CPU.
         """
         n, on_gpu = len(devices), devices[0].type == "cuda"
         self.device, self.training = devices[0], module.training
         self.precision = choose_precision(args.precision, devices)
-        pays = on_gpu and n == 1 and num_images / world_size() >= 3_000_000  # it takes minutes
-        compile = self.training and (pays if args.compile is None else args.compile)
+        pays = on_gpu and n == 1 and total / world_size() >= 3_000_000  # it takes minutes
+        to_compile = self.training and (pays if args.compile is None else args.compile)
         command = f"torchrun --standalone --nproc_per_node={n} {shlex.join(sys.argv)}"
-        if n > 1 and compile:
+        if n > 1 and to_compile:
             raise InputError(f"--compile takes a process for each GPU: {command}")
-        check_same_settings(device=devices[0].type, precision=self.precision, compile=compile)
+        check_same_settings(device=devices[0].type, precision=self.precision, compile=to_compile)
         blocks = attention_sizes(module.to(self.device), example)
         free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in devices) if on_gpu else None
         share = math.ceil(args.batch_size / (n * world_size()))
@@ -754,10 +753,10 @@ class Net:
         if n > 1:
             self.call = DataParallel(self.accelerated, devices)
             print_rank_0(f"DataParallel on {n} GPUs, uncompiled; this is faster: {command}")
-        if on_gpu or compile:
-            size = self.fit(example, size, n)
-        if compile:
-            self.compile(example, size, args)
+        if on_gpu or to_compile:
+            size = self.halve_until_it_fits(example, size, n)
+        if to_compile:
+            self.try_to_compile(example, size, args)
         name = f"{n} x {torch.cuda.get_device_name(self.device)}" if on_gpu else "CPU"
         if world_size() > 1:
             self.call = DistributedDataParallel(self.accelerated, gradient_as_bucket_view=True)
@@ -769,32 +768,31 @@ class Net:
     def __call__(self, *inputs):
         return self.call(*inputs)
 
-    def trial(self, example, n):
-        """A pass of n copies of the example, which changes nothing.
-
-        -> of one image, its output squared, and the norm of each parameter's gradient from that.
-        What the pass has allocated is freed, even if it fails.
+    def trial(self, example, num_images):
+        """A pass of so many copies of the example, which changes nothing; what it has allocated is
+        freed, even if it fails. -> numbers to compare: the sum of the outputs' squares, and the
+        norm of its gradient for each parameter, divided by the number of images.
         """
         with memory_for(), torch.set_grad_enabled(self.training):
-            output = self(*(x.repeat(n, *[1] * (x.dim() - 1)) for x in example))
+            output = self(*(x.repeat(num_images, *[1] * (x.dim() - 1)) for x in example))
             output, gradients = output.float().square().sum(), []
             if output.requires_grad:
                 parameters = [*self.call.parameters()]
                 gradients = torch.autograd.grad(output, parameters, allow_unused=True)
             norms = [x.float().norm() for x in gradients if x is not None]
-            return torch.stack([output.detach(), *norms]) / n
+            return torch.stack([output.detach(), *norms]) / num_images
 
-    def fit(self, example, size, n):
-        """-> the size, halved until a trial pass on n devices fits, in every process."""
+    def halve_until_it_fits(self, example, size, num_devices):
+        """-> the size of a device's micro-batch for which a trial fits, in every process."""
         while size > 1:
             with contextlib.suppress(InputError):
-                self.trial(example, size * n)
+                self.trial(example, size * num_devices)
                 break
             size //= 2
             torch.cuda.empty_cache()
         return int(reduce_over_processes(torch.tensor(size), dist.ReduceOp.MIN))
 
-    def compile(self, example, size, args):
+    def try_to_compile(self, example, size, args):
         """Compile for micro-batches of this size.
 
         What does not compile, or then computes something else, stays uncompiled, with a warning, or
@@ -831,13 +829,14 @@ class Net:
         own = {name: to_device(shard(x), self.device).split(self.size) for name, x in rows.items()}
         micro_batches = list(zip(*own.values(), strict=True))
         for i, micro_batch in enumerate(micro_batches, 1):
-            self.call.require_backward_grad_sync = i == len(micro_batches)  # DDP's
+            # DistributedDataParallel reads this in its forward pass; nothing else does.
+            self.call.require_backward_grad_sync = i == len(micro_batches)
             yield dict(zip(own, micro_batch, strict=True))
 
 
 @torch.no_grad()
 def predict(net, images, size):
-    """What net, or any function, computes of images uint8 [N,3,H,W], size at a time: [N,...].
+    """What net, or any function, computes of images uint8 [N,3,H,W], size at a time: [N,K].
 
     Each process computes its share and gets all.
     """
@@ -1065,7 +1064,7 @@ def draw_images(images, columns, titles, space=8):
 
 
 # --------------------------------------------------------------------------- curves and progress
-# TensorBoard and the terminal; Run makes Curves and Progress, main writes to them.
+# TensorBoard and the terminal, and what an update changes: main makes a Training.
 
 
 def new_run_folder(*parts):
@@ -1158,9 +1157,9 @@ class Progress:
 
     def time_left(self, epochs):
         """What so many more epochs take at the pace of this one, in h:mm:ss: ", 2:10:33 left"."""
-        share = 1 - self.images_before / self.total  # of this epoch, if it was resumed
+        fraction = 1 - self.images_before / self.total  # below 1 in an epoch that was resumed
         seconds = (time.perf_counter() - self.start) * epochs
-        return f", {tqdm.format_interval(round(seconds / share))} left" if share else ""
+        return f", {tqdm.format_interval(round(seconds / fraction))} left" if fraction else ""
 
 
 class Training:
@@ -1238,8 +1237,8 @@ def resume_args(parser, argv, output):
         raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
     state = read_checkpoint(path)
     with as_input_error(f"{path} is not a state of this version", Exception):
-        # Flags may be newer than the state. That of a script of long ago has no fingerprint.
-        saved, _ = defaults | state["args"] | {output: model_path}, state["fingerprint"]
+        state["fingerprint"]  # a KeyError in a state of long ago, or another file
+        saved = defaults | state["args"] | {output: model_path}  # flags may be newer than the state
     if saved.keys() - defaults.keys():
         raise InputError(f"{path} is of another version of this script, or of another script")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
@@ -1278,7 +1277,9 @@ class StopSignal:
 
     def __enter__(self):
         numbers = signal.SIGINT, signal.SIGTERM
-        self.number, self.before = 0, {x: signal.signal(x, self.note) for x in numbers}
+        self.number, self.before = 0, {x: signal.getsignal(x) for x in numbers}
+        for number in numbers:
+            signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_):
@@ -1322,8 +1323,7 @@ class Run:
                 folder = self.restore(state)
         numbers = len(dataset.train_images), len(dataset.val_images)
         place = {"epoch": self.epoch, "update": self.update}
-        weights = checksum(*training.model.parameters())
-        check_same_settings(images=numbers, **place, weights=weights)
+        check_same_settings(images=numbers, **place, weights=checksum(*training.model.parameters()))
         if not args.resume and rank() == 0:
             keep_earlier_run(model_path)
             folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
@@ -1373,7 +1373,7 @@ class Run:
         """Write an epoch's curves, as `Curves.write` takes them, and print its line."""
         values = [x.values() if isinstance(x, dict) else [x] for x in scalars.values()]
         self.check_finite(torch.tensor([*itertools.chain(*values)]), *dict(images).values())
-        lr = self.training.optim.param_groups[-1]["lr"]  # without --layer_decay's factor
+        lr = self.training.optim.param_groups[-1]["lr"]  # of the head, which has no --layer_decay
         progress, total = self.training.progress, self.args.total_epoch
         speed, left = progress.per_second, progress.time_left(total - self.epoch - 1)
         scalars = scalars | {"lr": lr, "images_per_second": speed}
@@ -1392,18 +1392,17 @@ class Run:
         start, extension = os.path.splitext(self.model_path)
         if self.args.keep_every and self.epoch % self.args.keep_every == 0:
             files, save_now = files | {f"{start}-{self.epoch:04}{extension}": kept}, True
-        last = self.epoch == self.args.total_epoch
-        due = self.agree_to_save(min(50 * self.save_seconds, 60 * self.args.save_minutes))
-        if due or save_now or last:
+        due = self.agree_to_save(min(self.save_seconds / 0.02, 60 * self.args.save_minutes))
+        if due or save_now or self.epoch == self.args.total_epoch:
             self.save(files)
 
     def agree_to_save(self, seconds):
-        """Whether process 0 saved that long ago, or a signal came; all processes call it."""
+        """Whether process 0 saved that long ago, or any has agreed_signal; all get this answer."""
         overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
         # The one exchange of an update besides gradients, through gloo: no GPU is waited for.
-        both = reduce_over_processes(torch.tensor([self.signal.number, overdue]), dist.ReduceOp.MAX)
-        self.agreed_signal = both[0].item()
-        return bool(both.any())
+        flags = torch.tensor([self.signal.number, overdue])
+        self.agreed_signal, overdue = reduce_over_processes(flags, dist.ReduceOp.MAX).tolist()
+        return bool(self.agreed_signal or overdue)
 
     def save(self, files=()):
         """Write files, {path: what `encode` takes}, and last the state, which thus never names
@@ -1428,7 +1427,7 @@ class Run:
         self.save_seconds = self.saved_at - begin
 
     def check_finite(self, *tensors, scale=1.0):
-        """Raise InputError on divergence. fp16's scale falls while gradients are not finite."""
+        """Raise InputError on divergence. fp16's scale is halved while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             place = f"{self.epoch} epochs, {self.update} updates, at learning rate "
             place += f"{self.training.optim.param_groups[-1]['lr']:.2e}"
@@ -1457,7 +1456,7 @@ def lock(model_path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         file = open(path, "w")
     with file:
-        with contextlib.suppress(OSError, NameError):
+        with contextlib.suppress(OSError, NameError):  # Windows has no fcntl
             with as_input_error(f"another run is writing {model_path}", BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:

@@ -102,7 +102,7 @@ def our_step(job, args, device, images, labels):
 
     def losses(rows):
         if job == "pretrain":
-            return [mae_pretrain.losses(net, images, **rows)]
+            return [mae_pretrain.losses(net, images, rows)]
         return train_classifier.losses(net, images, labels, rows, strength=None)
 
     def step(update, size):
