@@ -118,7 +118,7 @@ def grid_noise(rand, grid):
     place = (rand * 2**levels).long()[..., None] + torch.arange(grid)  # [n,2,grid]
     y, x = place[:, 0, :, None], place[:, 1, None, :]
     noise = torch.zeros(len(rand), grid, grid)
-    for level in range(levels):  # two bits for each of the coordinates': which of 2x2 it is
+    for level in range(levels):  # each adds two bits: where in its 2x2 a patch is
         bit_y, bit_x = y >> level & 1, x >> level & 1
         noise = 4 * noise + 2 * (bit_y ^ bit_x) + bit_y
     return noise.flatten(1)
@@ -241,7 +241,7 @@ def main(args):
     utils.check_same_flags(args)
     if args.reconstruct:
         return reconstruct_images(args)
-    ratio, *others = np.ravel(args.mask_ratio).tolist()  # a number in states of earlier versions
+    ratio, *others = np.ravel(args.mask_ratio).tolist()  # earlier versions kept a number
     if others:
         raise utils.InputError("several values of --mask_ratio need --reconstruct")
     utils.print_settings("arguments", vars(args))

@@ -456,8 +456,7 @@ def main(args):
     optim = torch.optim.AdamW(groups, **adam)
     training = utils.Training(model, net, optim, ["loss", "acc"])
 
-    path, num_epochs = args.output_model_path, args.total_epoch
-    with utils.start_run(args, name, path, training, all_images) as run:
+    with utils.start_run(args, name, args.output_model_path, training, all_images) as run:
         utils.describe_run(args, training, dataset, run.curves.folder)
         if args.linear_probe:  # now, as a resumed run has the encoder from its state
             mean, std, features = extract_features(
@@ -485,7 +484,7 @@ def main(args):
             run.report(text, both)
             results = {"epoch": epoch + 1, **val}
             best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
-            if args.holdout and (best or epoch + 1 == num_epochs):
+            if args.holdout and (best or epoch + 1 == args.total_epoch):
                 test = evaluate(net, test_images, test_labels)
                 results |= {"test_loss": test["loss"], "test_acc": test["acc"]}
             run.results["last"] = results
@@ -496,8 +495,8 @@ def main(args):
             more |= {"chosen": net.settings, "classes": classes}
             architecture = sizes | {"num_classes": len(classes)}
             content = utils.model_content(saved, architecture, args, **more)
-            run.end_epoch({path: content} if best else {}, kept=content, save_now=best)
-    utils.print_rank_0(f"{summary(args, run.results, len(test_images))}: {path}")
+            run.end_epoch({run.model_path: content} if best else {}, kept=content, save_now=best)
+    utils.print_rank_0(f"{summary(args, run.results, len(test_images))}: {run.model_path}")
 
 
 if __name__ == "__main__":
