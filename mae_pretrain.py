@@ -259,6 +259,7 @@ def main(args):
     images, num_images = dataset.train_images, len(dataset.train_images)
 
     mae_loss = MAELoss(model, args.patch_size, args.norm_pix_loss)
+    # As `losses` calls it: what a crop returns is float.
     example = [utils.to_float(images[:1]) if args.augment else images[:1]]
     example.append(torch.zeros(1, num_patches, device=devices[0]))
     net = utils.Net(mae_loss, devices, args, example, total=args.total_epoch * num_images)

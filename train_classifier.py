@@ -131,16 +131,15 @@ def distort(img, rand, strength=1.0):
     operation, strength_rand, *shift, flip_rand = rand[:, :5].unbind(1)
     erase, side, x, y = rand[:, 5:].unbind(1)
 
-    # All operations run; those not drawn have level 0, which changes nothing.
+    # All operations run; those not drawn have level 0, which changes nothing, as the last never does.
     level = strength * (2 * strength_rand - 1)  # [b]
     levels = one_hot((operation * OPERATIONS).long(), OPERATIONS) * level[:, None]
     turn, shear_x, shear_y = levels[:, :3].unbind(1)
     bright, contrast, colour, sharp, solar, _ = levels[:, 3:, None, None, None].unbind(1)
 
     width = img.shape[-1]
-    shift_x, shift_y = (
-        ((2 * r - 1) * (width // 8)).round() / width * 2 for r in shift
-    )  # of pixels
+    # Shifts by whole pixels, in half widths of the image.
+    shift_x, shift_y = (((2 * r - 1) * (width // 8)).round() / width * 2 for r in shift)
     sign, angle = (flip_rand < 0.5) * 2 - 1, turn * math.radians(30)
     to_x = sign * angle.cos(), 0.3 * shear_x - angle.sin(), shift_x
     to_y = sign * (0.3 * shear_y + angle.sin()), angle.cos(), shift_y

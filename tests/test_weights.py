@@ -81,7 +81,7 @@ def test_the_first_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     train_classifier.main(train_classifier.get_args(command.split()))
     lines = re.findall(r"samples/\d+-(\w+)\.png: (\w+), ", capsys.readouterr().out)
     right = [name for name, predicted in lines if name == predicted]
-    assert len(lines) == 16 and len(right) >= 14  # measured: 16
+    assert len(lines) == 16 and len(right) >= 14  # measured: 15
     assert os.path.exists("weights/vit-t-classifier-predicted.png")
     assert git("ls-files", "--others", "--exclude-standard", "--modified") == ""  # all is ignored
 
