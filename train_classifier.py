@@ -131,7 +131,7 @@ def distort(img, rand, strength=1.0):
     operation, strength_rand, *shift, flip_rand = rand[:, :5].unbind(1)
     erase, side, x, y = rand[:, 5:].unbind(1)
 
-    # All operations run; those not drawn have level 0, which changes nothing, as the last never does.
+    # All operations run; those not drawn have level 0: no change. The last never changes anything.
     level = strength * (2 * strength_rand - 1)  # [b]
     levels = one_hot((operation * OPERATIONS).long(), OPERATIONS) * level[:, None]
     turn, shear_x, shear_y = levels[:, :3].unbind(1)
