@@ -17,6 +17,7 @@ import time
 import urllib.parse
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -27,7 +28,6 @@ from helpers import (
     classify,
     curves,
     each_update,
-    few_shapes,
     finish,
     free_port,
     on_update,
@@ -42,6 +42,7 @@ from helpers import (
     stopped_at_update,
     wait_for,
 )
+from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mae_pretrain
@@ -249,12 +250,15 @@ def test_resume_names_every_argument_that_would_change_the_run():
     assert read("vit-t-mae.pth")["epoch"] == 2
 
 
-def test_resume_needs_the_same_images(monkeypatch):
+def test_resume_needs_the_same_images():
+    os.mkdir("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(f"images/{i:02}.png")
     with stopped_at_update(2):
-        pretrain()
-    other = few_shapes(32, 60)
-    other.train_images[3, 0, 5, 5] ^= 1
-    monkeypatch.setattr(utils, "read_shapes", lambda *_: other)
+        pretrain("--dataset", "folder", "--data_path", "images")
+    pixels[3, 5, 5, 0] ^= 1
+    Image.fromarray(pixels[3]).save("images/03.png")
     with pytest.raises(utils.InputError, match="not the images"):
         pretrain("--resume")
 
