@@ -255,12 +255,13 @@ def test_resume_needs_the_same_images():
     pixels = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(f"images/{i:02}.png")
+    flags = "--dataset", "folder", "--data_path", "images"
     with stopped_at_update(2):
-        pretrain("--dataset", "folder", "--data_path", "images")
+        pretrain(*flags)
     pixels[3, 5, 5, 0] ^= 1
     Image.fromarray(pixels[3]).save("images/03.png")
     with pytest.raises(utils.InputError, match="not the images"):
-        pretrain("--resume")
+        pretrain(*flags, "--resume")
 
 
 def test_finished_run_is_not_trained_again(capsys):
