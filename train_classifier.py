@@ -250,7 +250,8 @@ def extract_features(model, devices, args, train_images, *others):
 
 def fold_norm(model, mean, std):
     """The classifier whose head does what normalising and then the head of `model` do."""
-    model = copy.deepcopy(model)
+    # At every epoch: the blocks are shared, not copied.
+    model = copy.deepcopy(model, {id(model.transformer): model.transformer})
     with torch.no_grad():
         model.head.weight /= std
         model.head.bias -= model.head.weight @ mean

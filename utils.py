@@ -809,7 +809,7 @@ class Net:
             expected = self.trial(example, size)
             net.compiled = torch.compile(net.run, dynamic=False, fullgraph=True, mode=mode)
             net.compiled_size = size
-            for _ in range(3):  # a graph is compiled, recorded and replayed
+            for _ in range(3 if graphs else 1):  # graphs are recorded in the second, then replayed
                 values = self.trial(example, size)
             known = expected.isfinite()  # in fp16 a gradient may overflow
             error = (values - expected)[known].norm() / expected[known].norm()
@@ -1100,14 +1100,16 @@ class Curves:
         if rank() > 0:
             return
         with as_input_error(f"cannot write {self.folder}", OSError):
+            used = {self.writer("")}
             for tag, value in scalars.items():
                 for part, number in value.items() if isinstance(value, dict) else [("", value)]:
                     writer = self.writer(f"{tag.replace('/', '_')}_{part}" if part else "")
                     writer.add_scalar(tag, number, epoch)
-                    writer.flush()
+                    used.add(writer)
             for tag, img in dict(images).items():
                 self.writer("").add_image(tag, img, epoch)
-                self.writer("").flush()
+            for writer in used:
+                writer.flush()
 
 
 class Progress:
