@@ -66,8 +66,7 @@ def get_args(argv=None):
         base_learning_rate=1.5e-4, weight_decay=0.05, total_epoch=2000,
         warmup_epoch=200, mask_ratio=[0.75], model_path="vit-t-mae.pth")
     # fmt: on
-    args = parser.parse_args(argv)
-    return utils.resume_args(parser, argv, "model_path") if args.resume else args
+    return utils.run_args(parser, argv, "model_path")
 
 
 def draw_noise(masking, n, num_patches, mask_ratio, rng):
@@ -204,7 +203,7 @@ def reconstruct_images(args):
     images = ((images + 1) * 127.5).round().clamp(0, 255).byte()
     picture, _ = utils.draw_images(images, len(names) + 1, [*names, "original"])
     if utils.rank() == 0:
-        utils.write_file(path, utils.encode(to_tensor(picture)))
+        utils.write_files({path: utils.encode(to_tensor(picture))})
     utils.print_rank_0(f"{len(img)} of {len(files)} images, masked and reconstructed: {path}")
 
 
@@ -238,7 +237,6 @@ def losses(net, images, rows):
 
 
 def main(args):
-    utils.check_same_flags(args)
     if args.reconstruct:
         return reconstruct_images(args)
     ratio, *others = np.ravel(args.mask_ratio).tolist()  # earlier versions kept a number
@@ -290,7 +288,7 @@ def main(args):
                 for micro_batch in net.micro_batches(rows):
                     training.backward(losses(net, images, micro_batch), len(batch))
                 training.step()
-            train = training.progress.end()
+            train = training.end()
 
             model.eval()
             grid = reconstruction_grid(mae_loss, shown, shown_noise)

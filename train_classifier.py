@@ -76,8 +76,7 @@ def get_args(argv=None):
     # fmt: on
     if parser.parse_known_args(argv)[0].eval:
         parser.set_defaults(dataset=None, data_path=None)  # evaluate_file takes those of the file
-    args = parser.parse_args(argv)
-    return utils.resume_args(parser, argv, "output_model_path") if args.resume else args
+    return utils.run_args(parser, argv, "output_model_path")
 
 
 def make_encoder(args):
@@ -359,7 +358,7 @@ def predict_files(args):
     shown = utils.evenly_spaced(len(files), 40).tolist()
     if utils.rank() == 0:
         img = draw_captioned(images[shown], "predicted", [captions[i] for i in shown])
-        utils.write_file(png_path, utils.encode(img))
+        utils.write_files({png_path: utils.encode(img)})
     utils.print_rank_0(f"{len(shown)} of {len(files)} images with their classes: {png_path}")
 
 
@@ -392,12 +391,11 @@ def evaluate_file(args):
     if utils.rank() == 0:
         pictures = {"cls/confusion": draw_confusion(counts, classes)}
         pictures["cls/predictions"] = draw_predictions(images, true, predicted, classes)
-        png_paths = [utils.free_path(f"{start}-{tag[4:]}.png") for tag in pictures]
-        for path, img in zip(png_paths, pictures.values(), strict=True):
-            utils.write_file(path, utils.encode(img))
+        files = {utils.free_path(f"{start}-{x[4:]}.png"): img for x, img in pictures.items()}
+        utils.write_files({path: utils.encode(img) for path, img in files.items()})
         folder = utils.new_run_folder(args.log_dir, args.dataset, args.run_name or "eval-cls")
         utils.Curves(folder).write(0, {"cls/acc": acc}, pictures)
-        utils.print_rank_0(f"pictures: {', '.join(png_paths)}, curves: {folder}")
+        utils.print_rank_0(f"pictures: {', '.join(files)}, curves: {folder}")
 
 
 @utils.memory_for("the dataset, twice for --holdout,", "--train_images or --image_size")
@@ -424,7 +422,6 @@ def summary(args, results, num_test):
 
 
 def main(args):
-    utils.check_same_flags(args)
     if args.eval:
         return evaluate_file(args) if args.predict is None else predict_files(args)
     if args.predict is not None:
@@ -474,7 +471,7 @@ def main(args):
                     loss, right = losses(net, images, labels, micro_batch, args.augment)
                     training.backward(loss, len(batch), right)
                 training.step()
-            train = training.progress.end()
+            train = training.end()
 
             model.eval()
             val = evaluate(net, val_images, val_labels)
@@ -495,7 +492,7 @@ def main(args):
             more |= {"chosen": net.settings, "classes": classes}
             architecture = sizes | {"num_classes": len(classes)}
             content = utils.model_content(saved, architecture, args, **more)
-            run.end_epoch({run.model_path: content} if best else {}, kept=content, save_now=best)
+            run.end_epoch({run.model_path: content} if best else {}, kept=content)
     utils.print_rank_0(f"{summary(args, run.results, len(test_images))}: {run.model_path}")
 
 

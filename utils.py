@@ -5,7 +5,6 @@ A run meets these classes in this order:
     ImageSet    the images, all of them, in the memory of the training device
     Net         a module on its devices, in its precision, compiled or not; it makes micro-batches
     Training    what an update changes: weights, optimizer, scale of the loss, sums of the epoch
-    Progress    these sums, kept on the device, and the progress bar
     Run         where a run stands and what it keeps on disk: it can be stopped anywhere
     Curves      TensorBoard's files
 
@@ -18,9 +17,10 @@ for every micro-batch of the Net computes the losses and hands them to `Training
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import difflib
-import functools
+import errno
 import glob
 import hashlib
 import importlib
@@ -183,10 +183,9 @@ def reduce_over_processes(tensor, op=dist.ReduceOp.SUM):
 
 def check_same_settings(**settings):
     """Raise InputError unless every process, on whatever machine, has the same settings."""
-    if world_size() == 1:
-        return
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, settings)
+    gathered = [settings] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, settings)
     for number, others in enumerate(gathered):
         for name, value in gathered[0].items():
             if others.get(name) != value:
@@ -195,7 +194,7 @@ def check_same_settings(**settings):
 
 
 # -------------------------------------------------------------------------------- command line
-# Called by get_args, as is resume_args in the last part of this file.
+# Called by get_args, as is run_args in the last part of this file.
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -289,8 +288,9 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--keep_every", type=positive_int, metavar="N",
         help="every N epochs, also keep the model, such as model-0400.pth (default: off)")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
-        help="save the state every M minutes, and after each epoch if that costs at most 2 %%")
-    add("--resume", action="store_true", help="go on; other flags need not be given (default: off)")
+        help="save every M minutes at the latest; after an epoch if the last save is a minute ago")
+    add("--resume", nargs="?", const=True, default=False, choices=["auto"],
+        help="go on; other flags need not be given; auto: or start, without a state (default: off)")
     parser.set_defaults(**defaults)
 # fmt: on
 
@@ -300,11 +300,6 @@ MAY_CHANGE = {
     "compile", "data_path", "demo", "device", "keep_every", "log_dir", "max_device_batch_size",
     "model_path", "output_model_path", "precision", "resume", "save_minutes",
 }  # fmt: skip
-
-
-def check_same_flags(args):
-    """Raise InputError if another process was given other flags."""
-    check_same_settings(**{name: x for name, x in vars(args).items() if name not in MAY_CHANGE})
 
 
 # -------------------------------------------------------------- random numbers and schedule
@@ -853,26 +848,38 @@ def predict(net, images, size):
 # the original. main makes the model_content; Run writes it.
 
 
-def remove(path):
-    with contextlib.suppress(OSError):
-        os.remove(path)
+def rename(path, new):
+    """Rename a file, which replaces another of that name."""
+    for _ in range(30):  # on Windows while a scanner or a client that synchronises holds it
+        with contextlib.suppress(PermissionError):
+            return os.replace(path, new)
+        time.sleep(0.1)
+    os.replace(path, new)
 
 
-def write_file(path, content):
-    """Write bytes to a temporary file and rename it: `path` is never half written.
+def write_files(contents):
+    """Write {path: bytes} to temporary files, then rename these: none is ever half written.
 
-    Raises InputError, with `path` as it was, if that fails.
+    Raises InputError, with all as they were, if a file cannot be written.
     """
-    temporary = f"{path}.{os.getpid()}.part"  # two runs never write into one
+    temporary = {path: f"{path}.{os.getpid()}.part" for path in contents}  # each run has its own
     try:
-        with as_input_error(f"cannot write {path}", OSError):
-            with open(temporary, "wb") as file:
-                file.write(content)
+        for path, part in temporary.items():
+            with as_input_error(f"cannot write {path}", OSError), open(part, "wb") as file:
+                file.write(contents[path])
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:  # some file systems do not know it
+                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                        raise
+        for path, part in temporary.items():
+            with as_input_error(f"cannot write {path}", OSError):
+                rename(part, path)
     finally:
-        remove(temporary)  # it is there only after an error
+        for part in temporary.values():  # they are there only after an error
+            with contextlib.suppress(OSError):
+                os.remove(part)
 
 
 def free_path(path):
@@ -1073,7 +1080,7 @@ def new_run_folder(*parts):
     """Make a folder for a run's curves: the next free one of name, name-2, name-3, ..."""
     with as_input_error(f"cannot write {parts[0]}", OSError):
         for i in itertools.count(1):
-            folder = os.path.join(*parts) + (f"-{i}" if i > 1 else "")
+            folder = os.path.abspath(os.path.join(*parts)) + (f"-{i}" if i > 1 else "")
             with contextlib.suppress(FileExistsError):
                 os.makedirs(folder)
                 return folder
@@ -1087,10 +1094,13 @@ class Curves:
     """
 
     def __init__(self, folder, epoch=0):
-        self.folder = folder
-        self.writer = functools.cache(
-            lambda part: SummaryWriter(os.path.join(folder, part), purge_step=epoch)
-        )
+        self.folder, self.epoch, self.writers = folder, epoch, {}
+
+    def writer(self, part):
+        if part not in self.writers:
+            folder = os.path.join(self.folder, part)
+            self.writers[part] = SummaryWriter(folder, purge_step=self.epoch)
+        return self.writers[part]
 
     def write(self, epoch, scalars, images=()):
         """Write {tag: value} and {tag: image [3,H,W]}. Raises InputError if that fails.
@@ -1100,27 +1110,29 @@ class Curves:
         if rank() > 0:
             return
         with as_input_error(f"cannot write {self.folder}", OSError):
-            used = {self.writer("")}
             for tag, value in scalars.items():
                 for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    writer = self.writer(f"{tag.replace('/', '_')}_{part}" if part else "")
-                    writer.add_scalar(tag, number, epoch)
-                    used.add(writer)
+                    folder = f"{tag.replace('/', '_')}_{part}" if part else ""
+                    self.writer(folder).add_scalar(tag, number, epoch)
             for tag, img in dict(images).items():
                 self.writer("").add_image(tag, img, epoch)
-            for writer in used:
+            for writer in self.writers.values():
                 writer.flush()
 
 
-class Progress:
-    """An epoch's progress bar, and sums over its images, kept on the device: no step waits for it.
+class Training:
+    """What an update changes: the weights of model, the optimizer, in fp16 the loss's scale, and
+    the sums over the epoch's images, which are kept on the device: no step waits for them.
 
-    sums[0] counts the images, sums[1:] are in the order of names; each process has its own. The bar
-    is shown on a terminal only.
+    net: what is called to compute the losses; of the model, or its part that is trained. names: of
+    the losses, and of what else `backward` sums up. sums[0] counts the images, sums[1:] are in the
+    order of names; each process has its own. A progress bar shows their means on a terminal.
     """
 
-    def __init__(self, device, names):
-        self.device, self.names = device, names
+    def __init__(self, model, net, optim, names):
+        self.model, self.net, self.optim, self.names = model, net, optim, names
+        self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.precision == "fp16")
+        self.parts = {"model": model, "optim": optim, "scaler": self.scaler}  # for a state
 
     def begin(self, total, sums=(), text=""):
         """Begin an epoch of so many images, with the sums before an interruption, if there was."""
@@ -1128,56 +1140,10 @@ class Progress:
         self.images_before = sums[0] if sums else 0
         values = list(sums) if rank() == 0 else []  # they count once
         values = torch.tensor(values or [0.0] * (1 + len(self.names)), dtype=torch.float64)
-        self.sums = to_device(values, self.device)
-        self.host_sums = values.pin_memory() if self.device.type == "cuda" else values.clone()
+        self.sums = to_device(values, self.net.device)
+        self.host_sums = values.pin_memory() if self.sums.is_cuda else values.clone()
         bar = {"unit": "img", "mininterval": 0.3, "leave": False, "disable": rank() > 0 or None}
         self.bar = tqdm(desc=text, total=total, initial=int(self.images_before), **bar)
-
-    def add(self, num_images, *sums):
-        """Add a micro-batch: its size, and its summed values in the order of names."""
-        self.sums[0] += num_images
-        self.sums[1:] += torch.stack(sums)
-        self.bar.update(min(num_images * world_size(), self.total - self.bar.n))
-
-    def means(self, num_images, *sums):
-        """{name: mean over the images}"""
-        return {name: x / max(num_images, 1) for name, x in zip(self.names, sums, strict=True)}
-
-    def end_update(self):
-        """Copy the sums to host_sums, and show their means. A GPU's may come an update late."""
-        self.host_sums.copy_(self.sums, non_blocking=True)
-        self.bar.set_postfix(self.means(*self.host_sums.tolist()), refresh=False)
-
-    def sum_over_processes(self):
-        """The sums over all processes."""
-        return reduce_over_processes(self.sums.clone()).tolist()
-
-    def end(self):
-        """Close the bar -> the means over all processes. Also sets per_second."""
-        self.bar.close()
-        sums = self.sum_over_processes()
-        self.per_second = (sums[0] - self.images_before) / (time.perf_counter() - self.start)
-        return self.means(*sums)
-
-    def time_left(self, epochs):
-        """What so many more epochs take at the pace of this one, in h:mm:ss: ", 2:10:33 left"."""
-        fraction = 1 - self.images_before / self.total  # below 1 in an epoch that was resumed
-        seconds = (time.perf_counter() - self.start) * epochs
-        return f", {tqdm.format_interval(round(seconds / fraction))} left" if fraction else ""
-
-
-class Training:
-    """What an update changes: the weights of model, the optimizer, and in fp16 the loss's scale.
-
-    net: what is called to compute the losses; of the model, or its part that is trained. names: of
-    the losses, and of what else `backward` sums up.
-    """
-
-    def __init__(self, model, net, optim, names):
-        self.model, self.net, self.optim = model, net, optim
-        self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.precision == "fp16")
-        self.progress = Progress(net.device, names)
-        self.parts = {"model": model, "optim": optim, "scaler": self.scaler}  # for a state
 
     def backward(self, loss, batch_size, *others):
         """Add a micro-batch's gradient to that of its batch's mean loss, and to the epoch's sums.
@@ -1187,13 +1153,39 @@ class Training:
         """
         weight = world_size() / batch_size  # DDP averages the gradients of the processes
         self.scaler.scale(loss.sum() * weight).backward()
-        self.progress.add(len(loss), loss.detach().sum(), *(x.sum() for x in others))
+        self.sums[0] += len(loss)
+        self.sums[1:] += torch.stack([loss.detach().sum(), *(x.sum() for x in others)])
+        self.bar.update(min(len(loss) * world_size(), self.total - self.bar.n))
 
     def step(self):
-        """Change the weights by the gradients, and forget these."""
+        """Change the weights by the gradients, and forget these. A GPU's sums may come to the host
+        an update late."""
         self.scaler.step(self.optim)
         self.scaler.update()
         self.optim.zero_grad(set_to_none=True)
+        self.host_sums.copy_(self.sums, non_blocking=True)
+        self.bar.set_postfix(self.means(*self.host_sums.tolist()), refresh=False)
+
+    def means(self, num_images, *sums):
+        """{name: mean over the images}"""
+        return {name: x / max(num_images, 1) for name, x in zip(self.names, sums, strict=True)}
+
+    def sum_over_processes(self):
+        return reduce_over_processes(self.sums.clone()).tolist()
+
+    def end(self):
+        """End the epoch -> the means over all processes. Also sets images_per_second."""
+        self.bar.close()
+        sums, seconds = self.sum_over_processes(), time.perf_counter() - self.start
+        self.images_per_second = (sums[0] - self.images_before) / seconds
+        return self.means(*sums)
+
+    def time_left(self, images, epochs):
+        """What is left of an epoch after so many images, and so many more epochs, take at the pace
+        since it was begun or resumed, in h:mm:ss: ", 2:10:33 left"."""
+        seconds = (time.perf_counter() - self.start) * (self.total * (1 + epochs) - images)
+        done = images - self.images_before
+        return f", {tqdm.format_interval(round(seconds / done))} left" if done else ""
 
 
 def print_settings(title, settings):
@@ -1229,61 +1221,71 @@ def state_path(model_path):
     return "{}.state{}".format(*os.path.splitext(model_path))
 
 
-def resume_args(parser, argv, output):
-    """The arguments of the run whose state lies beside the model file, changed as argv asks.
+def run_args(parser, argv, output):
+    """The arguments of a new run, or with --resume those of the run whose state lies beside the
+    model file, changed as argv asks.
 
-    output: the name of the model file's flag. Raises InputError if there is no such run, or naming
-    what in argv would change its result.
+    output: the name of the model file's flag. Raises InputError if there is no such run, unless
+    `--resume auto` begins one, for what in argv would change its result, or if another process has
+    other flags.
     """
-    defaults, model_path = vars(parser.parse_args([])), getattr(parser.parse_args(argv), output)
-    path = state_path(model_path)
-    if not os.path.isfile(path):
+    args = parser.parse_args(argv)
+    path = state_path(getattr(args, output))
+    if args.resume and os.path.isfile(path):
+        state, defaults = read_checkpoint(path), vars(parser.parse_args([]))
+        with as_input_error(f"{path} is not a state of this version", Exception):
+            state["fingerprint"]  # a KeyError in a state of long ago, or another file
+            saved = defaults | state["args"] | {output: getattr(args, output)}  # flags may be newer
+        if saved.keys() - defaults.keys():
+            raise InputError(f"{path} is of another version of this script, or of another script")
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        changed = {name for name, value in vars(args).items() if value != saved[name]} - MAY_CHANGE
+        if changed:
+            text = [f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed)]
+            remedy = ": to train further, start a new run" * ("total_epoch" in changed)
+            raise InputError(f"the run of {path} cannot go on with {', '.join(text)}{remedy}")
+    elif args.resume == "auto":
+        args.resume = False
+    elif args.resume:
         raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
-    state = read_checkpoint(path)
-    with as_input_error(f"{path} is not a state of this version", Exception):
-        state["fingerprint"]  # a KeyError in a state of long ago, or another file
-        saved = defaults | state["args"] | {output: model_path}  # flags may be newer than the state
-    if saved.keys() - defaults.keys():
-        raise InputError(f"{path} is of another version of this script, or of another script")
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    changed = {name for name, value in vars(args).items() if value != saved[name]} - MAY_CHANGE
-    if changed:
-        text = ", ".join(f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed))
-        raise InputError(f"the run of {path} cannot go on with {text}")
+    check_same_settings(**{name: x for name, x in vars(args).items() if name not in MAY_CHANGE})
     return args
 
 
-def keep_earlier_run(model_path):
-    """Copy the files of an earlier run, to vit-t-mae-old-1.pth and so on: a new run replaces them.
+def set_aside(model_path, but_the_state=False):
+    """Rename what earlier runs have left under this name, to vit-t-mae-old-1.pth and so on: state,
+    model, picture, and models of epochs, such as vit-t-mae-0400.pth. Nothing is read.
 
-    The state only if something is left to do: `--resume --model_path vit-t-mae-old-1.pth` does it.
+    The state goes first, as it has the weights, too: if a kill comes in between, it stands alone.
     """
-    model_path = os.path.normpath(model_path)  # as glob returns it
-    start, extension = os.path.splitext(model_path)
-    ours = re.escape(start) + rf"(-\d+|\.state)?(\.png|{re.escape(extension)})"  # -0400, too
-    found = glob.glob(f"{glob.escape(start)}*")
-    files = {path for path in found if re.fullmatch(ours, path) and os.path.isfile(path)}
-    with contextlib.suppress(InputError, KeyError, TypeError):  # no state, or a damaged one
-        state = read_checkpoint(state_path(model_path))
-        if not (0, 0) < (state["epoch"], state["update"]) < (state["args"]["total_epoch"], 0):
-            files.remove(state_path(model_path))
+    start, extension = os.path.splitext(os.path.normpath(model_path))  # as glob returns it
+    epoch = rf"{re.escape(start)}-(\d{{4}}|[1-9]\d{{4,}}){re.escape(extension)}"
+    kept = [path for path in glob.glob(f"{glob.escape(start)}-*") if re.fullmatch(epoch, path)]
+    files = [state_path(start + extension), start + extension, f"{start}.png"][but_the_state:]
+    files += [path for path in kept if not os.path.exists(state_path(path))]  # else another run's
     names = (f"{start}-old-{i}" for i in itertools.count(1))
     other = next(name for name in names if not glob.glob(f"{glob.escape(name)}*"))
-    for path in files:
-        with as_input_error(f"cannot read {path}", OSError), open(path, "rb") as file:
-            write_file(other + path.removeprefix(start), file.read())
-    if files:
+    found = [path for path in files if os.path.lexists(path)]
+    for path in found:
+        with as_input_error(f"cannot rename {path}", OSError):
+            rename(path, other + path.removeprefix(start))
+    if found:
         print_rank_0(f"an earlier run is kept as {other}{extension}")
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the update under way can finish and the run be saved."""
+    """Notes a signal to stop, so that the update under way can finish and the run be saved.
+
+    SIGINT is Ctrl-C, SIGTERM what kill sends; SIGUSR1 warns of the end of a Slurm job, SIGHUP tells
+    that the connection is lost. nohup has the last ignored, and Windows does not have the last two.
+    """
 
     def __enter__(self):
-        self.before = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)}
+        names = {"SIGINT", "SIGTERM", "SIGUSR1"}
+        if signal.getsignal(getattr(signal, "SIGHUP", signal.SIGINT)) != signal.SIG_IGN:
+            names.add("SIGHUP")
         self.number = 0
-        for number in self.before:
-            signal.signal(number, self.note)
+        self.before = {x: signal.signal(x, self.note) for x in signal.Signals if x.name in names}
         return self
 
     def __exit__(self, *_):
@@ -1291,11 +1293,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        """A second signal stops at once, but not under torchrun, which passes on signals that its
-        processes may already have got."""
-        self.number = number
-        if world_size() == 1:
-            for each in self.before:
+        """A user's second one stops at once, but not under torchrun, which passes on signals that
+        its processes may already have got."""
+        self.number, of_user = number, (signal.SIGINT, signal.SIGTERM)
+        if world_size() == 1 and number in of_user:
+            for each in of_user:
                 signal.signal(each, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print: the signal may have come in one
                 os.write(2, b"\nstopping after this update; once more to stop at once\n")
@@ -1308,7 +1310,7 @@ class Run:
             for epoch in run.epochs():
                 for update, batch in run.updates(batches):
                     ...                            # training.backward, training.step
-                results = training.progress.end()
+                results = training.end()
                 run.report("the epoch's line", {"mae_loss": results["loss"]})
                 run.end_epoch({args.model_path: content}, kept=content)
 
@@ -1317,10 +1319,13 @@ class Run:
     of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
     """
 
+    SAVED = "epoch", "update", "sums", "results", "ended", "written", "fingerprint"
+
     def __init__(self, args, name, model_path, training, dataset, stop):
         self.args, self.model_path, self.state_file = args, model_path, state_path(model_path)
         self.training, self.fingerprint, folder = training, checksum(*dataset[:4]), None
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
+        self.ended, self.written, self.unsaved = False, False, {}
         if args.resume:
             state = read_checkpoint(self.state_file)
             with as_input_error(f"{self.state_file} does not fit this model", Exception):
@@ -1328,16 +1333,18 @@ class Run:
         numbers = len(dataset.train_images), len(dataset.val_images)
         place = {"epoch": self.epoch, "update": self.update}
         check_same_settings(images=numbers, **place, weights=checksum(*training.model.parameters()))
-        if not args.resume and rank() == 0:
-            keep_earlier_run(model_path)
-            folder = new_run_folder(args.log_dir, args.dataset, args.run_name or name)
+        if rank() == 0:
+            folder = folder or new_run_folder(args.log_dir, args.dataset, args.run_name or name)
+            if not args.resume:
+                set_aside(model_path)
         self.curves, self.signal, self.agreed_signal = Curves(folder, self.epoch), stop, 0
-        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
-        if not args.resume:
-            self.save()
+        self.saved_at, self.pause = time.perf_counter(), 60
 
     def restore(self, state):
-        """Take up the saved run -> its curves' folder. Raises an error if it does not fit."""
+        """Take up the saved run -> its curves' folder, or None if they go on in a new one.
+
+        Raises an error if it does not fit.
+        """
         if rank() == 0 and state["fingerprint"] != self.fingerprint:
             raise InputError(f"these are not the images of the run of {self.state_file}")
         for name, part in self.training.parts.items():
@@ -1346,59 +1353,69 @@ class Run:
         self.epoch, self.update = int(state["epoch"]), int(state["update"])
         self.sums, self.results = [float(x) for x in state["sums"]], dict(state["results"])
         total = self.args.total_epoch
-        if (self.results or self.epoch == total) and not os.path.exists(self.model_path):
+        self.ended = state.get("ended", self.epoch == total)  # earlier versions lack these two
+        self.written = state.get("written", True)
+        if self.written and (self.results or self.ended) and not os.path.exists(self.model_path):
             raise InputError(f"{self.model_path} is gone: put it back beside {self.state_file}")
         print_rank_0(f"resumed:   after {self.epoch} of {total} epochs, {self.update} updates")
-        return os.fspath(state["folder"])
+        folder = os.path.abspath(state["folder"])
+        if os.path.isdir(folder) and self.args.log_dir == state["args"]["log_dir"]:
+            return folder
+        print_rank_0(f"curves:    in a new folder; up to here they were in {folder}")
 
     def epochs(self):
         """Yield the number of each epoch that is left."""
-        while self.epoch < self.args.total_epoch:
-            yield self.epoch
+        while not self.ended:
             self.stop_if_told()
+            yield self.epoch
 
     def updates(self, batches):
         """Yield (update, batch) for what is left of the epoch, of which batches are all."""
-        progress, total = self.training.progress, sum(map(len, batches))
-        progress.begin(total, self.sums, f"Epoch {self.epoch + 1}/{self.args.total_epoch}")
-        for update, batch in enumerate(batches):
-            if update < self.update:
-                continue
-            yield update, batch
+        training, total = self.training, sum(map(len, batches))
+        training.begin(total, self.sums, f"Epoch {self.epoch + 1}/{self.args.total_epoch}")
+        for update in range(self.update, len(batches)):
+            yield update, batches[update]
             self.update = update + 1
-            progress.end_update()
-            self.check_finite(progress.host_sums)
+            self.check_finite(training.host_sums)
             if self.agree_to_save(60 * self.args.save_minutes):
                 self.save()
-                self.stop_if_told()
-        self.check_finite(progress.sums, scale=self.training.scaler.get_scale())  # of the last, too
+                text = f"{self.sums[0]:,.0f} of {total:,} images, {training.bar.postfix}"
+                self.tell(text, self.sums[0])
+            self.stop_if_told()
+        self.check_finite(training.sums, scale=training.scaler.get_scale())  # of the last, too
+
+    def tell(self, text, images):
+        """Print a line about the epoch under way, and what is left after so many of its images."""
+        left = self.training.time_left(images, self.args.total_epoch - self.epoch - 1)
+        print_rank_0(f"epoch {self.epoch + 1}/{self.args.total_epoch}: {text}{left}")
 
     def report(self, text, scalars, images=()):
         """Write an epoch's curves, as `Curves.write` takes them, and print its line."""
         values = [x.values() if isinstance(x, dict) else [x] for x in scalars.values()]
         self.check_finite(torch.tensor([*itertools.chain(*values)]), *dict(images).values())
         lr = self.training.optim.param_groups[-1]["lr"]  # of the head, which has no --layer_decay
-        progress, total = self.training.progress, self.args.total_epoch
-        speed, left = progress.per_second, progress.time_left(total - self.epoch - 1)
-        scalars = scalars | {"lr": lr, "images_per_second": speed}
-        self.curves.write(self.epoch, scalars, images)
-        epoch = f"epoch {self.epoch + 1}/{total}"
-        print_rank_0(f"{epoch}: {text}, lr {lr:.2e}, {speed:,.0f} images/s{left}")
+        speed = self.training.images_per_second
+        self.curves.write(self.epoch, scalars | {"lr": lr, "images_per_second": speed}, images)
+        self.tell(f"{text}, lr {lr:.2e}, {speed:,.0f} images/s", self.training.total)
 
-    def end_epoch(self, files, kept, save_now=False):
-        """Note that an epoch is done, and save if it is the last, or if it is asked for, due, or
-        cheap (2 % of the time since).
+    def end_epoch(self, files, kept, last=False):
+        """Note that an epoch is done. Save if it is the last one, or if the last save is a minute
+        or --save_minutes ago, or longer where saving would take more than 2 % of the time.
 
-        files: as `save` takes them. kept: a model_content; after epoch 400, if --keep_every names
-        it, the model is saved as vit-t-mae-0400.pth, too.
+        files: {path: what `encode` takes}, to be written with the next save. kept: a model_content;
+        after epoch 400, if --keep_every names it, it is saved at once as vit-t-mae-0400.pth. last:
+        the run ends here, whatever its --total_epoch.
         """
         self.epoch, self.update, self.sums = self.epoch + 1, 0, []
-        start, extension = os.path.splitext(self.model_path)
-        if self.args.keep_every and self.epoch % self.args.keep_every == 0:
-            files, save_now = files | {f"{start}-{self.epoch:04}{extension}": kept}, True
-        due = self.agree_to_save(min(self.save_seconds / 0.02, 60 * self.args.save_minutes))
-        if due or save_now or self.epoch == self.args.total_epoch:
-            self.save(files)
+        self.ended = last or self.epoch == self.args.total_epoch
+        self.unsaved |= copy.deepcopy(files)  # the weights go on changing
+        keep = self.args.keep_every and self.epoch % self.args.keep_every == 0
+        if keep and rank() == 0:
+            path = "{0}-{2:04}{1}".format(*os.path.splitext(self.model_path), self.epoch)
+            set_aside(path)
+            self.unsaved[path] = kept
+        if self.agree_to_save(min(self.pause, 60 * self.args.save_minutes)) or keep or self.ended:
+            self.save()
 
     def agree_to_save(self, seconds):
         """Whether process 0 saved that long ago, or any has agreed_signal; all get this answer."""
@@ -1406,67 +1423,65 @@ class Run:
         # The one exchange of an update besides gradients, through gloo: no GPU is waited for.
         flags = torch.tensor([self.signal.number, overdue])
         self.agreed_signal, overdue = reduce_over_processes(flags, dist.ReduceOp.MAX).tolist()
-        return bool(self.agreed_signal or overdue)
+        # A run that is stopped in its first update leaves nothing behind.
+        return bool(overdue or self.agreed_signal and (self.epoch, self.update) != (0, 1))
 
-    def save(self, files=()):
-        """Write files, {path: what `encode` takes}, and last the state, which thus never names
-        results whose file is missing.
+    def save(self):
+        """Write the unsaved files and the state, which thus never names results whose file is
+        missing.
 
-        Raises InputError on divergence, or if a file cannot be written: the state before stays.
+        Raises InputError on divergence, or if a file cannot be written: all that is there stays.
         """
         begin = time.perf_counter()
-        sums = self.training.progress.sum_over_processes() if self.update else []
-        self.check_finite(torch.tensor(sums), *self.training.model.parameters())
+        self.sums = self.training.sum_over_processes() if self.update else []
+        self.check_finite(torch.tensor(self.sums), *self.training.model.parameters())
         if rank() == 0:
-            state = {"args": vars(self.args), "sums": sums, "folder": self.curves.folder}
-            for name in ("epoch", "update", "results", "fingerprint"):
-                state[name] = getattr(self, name)
+            if self.model_path in self.unsaved and not self.written:
+                set_aside(self.model_path, but_the_state=True)
+                self.written = True
+            state = {name: getattr(self, name) for name in self.SAVED}
+            state |= {"args": vars(self.args), "folder": self.curves.folder}
             state |= {name: part.state_dict() for name, part in self.training.parts.items()}
-            files = dict(files) | {self.state_file: state}
-            # All are encoded before the first is written: a kill hardly ever comes in between.
-            encoded = {path: encode(content) for path, content in files.items()}
-            for path, content in encoded.items():
-                write_file(path, content)
-        self.saved_at = time.perf_counter()
-        self.save_seconds = self.saved_at - begin
+            files = self.unsaved | {self.state_file: state}
+            write_files({path: encode(content) for path, content in files.items()})
+        self.unsaved, self.saved_at = {}, time.perf_counter()
+        self.pause = max(60, 50 * (self.saved_at - begin))
 
     def check_finite(self, *tensors, scale=1.0):
         """Raise InputError on divergence. fp16's scale is halved while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             place = f"{self.epoch} epochs, {self.update} updates, at learning rate "
             place += f"{self.training.optim.param_groups[-1]['lr']:.2e}"
-            place += ": try --resume with --precision fp32"
+            place += ": try --precision fp32, also with --resume"
             remedy = "or a new run with a lower --base_learning_rate or more --warmup_epoch"
             raise InputError(f"loss, weights or gradients are not finite after {place}, {remedy}")
 
     def stop_if_told(self):
-        """After SIGINT or SIGTERM: say how to go on, end with status 130 or 143."""
+        """After a StopSignal: say how to go on, end with status 128 + its number, such as 130."""
         if self.agreed_signal:
-            command = shlex.join([*(x for x in sys.argv if x != "--resume"), "--resume"])
             start = "python" if world_size() == 1 else "torchrun ..."
-            print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; to go on:")
-            print_rank_0(f"    {start} {command}")
+            command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
+            saved = os.path.exists(self.state_file)
+            remedy = f"to go on:\n    {start} {command}" if saved else "too early to save anything"
+            print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; {remedy}")
             sys.exit(128 + self.agreed_signal)
 
 
-@contextlib.contextmanager
 def lock(model_path):
-    """No other run writes this model file meanwhile. Raises InputError if one does already.
+    """Lock an open file, until it is closed: no other run writes this model file meanwhile.
 
-    The system gives the lock back however a process dies; Windows and some file systems have none.
+    Raises InputError if one does already. The system gives the lock back however a process dies;
+    Windows and some file systems have none. The file stays: were it removed, two runs could each
+    lock one of this name.
     """
     path = f"{state_path(model_path)}.lock"
     with as_input_error(f"cannot write {path}", OSError):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         file = open(path, "w")
-    with file:
-        with contextlib.suppress(OSError, NameError):  # Windows has no fcntl
-            with as_input_error(f"another run is writing {model_path}", BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            yield
-        finally:
-            remove(path)
+    with contextlib.suppress(OSError, NameError):  # Windows has no fcntl
+        with as_input_error(f"another run is writing {model_path}", BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 @contextlib.contextmanager

@@ -97,8 +97,8 @@ def our_step(job, args, device, images, labels):
     net = utils.Net(module, [device], args, example)
     optim = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     training = utils.Training(module, net, optim, names)
-    training.progress.begin(total=0)
-    training.progress.bar.disable = True
+    training.begin(total=0)
+    training.bar.disable = True
 
     def losses(rows):
         if job == "pretrain":
@@ -114,7 +114,6 @@ def our_step(job, args, device, images, labels):
             loss, *others = losses(micro_batch)
             training.backward(loss, size, *others)
         training.step()
-        training.progress.end_update()
 
     return step, net.size
 
@@ -362,7 +361,7 @@ def main(args):
         for key, number in value.items() if isinstance(value, dict) else ():
             print(f"    {key}: {number}", flush=True)
         if args.json:
-            utils.write_file(args.json, json.dumps(figures, indent=2).encode())
+            utils.write_files({args.json: json.dumps(figures, indent=2).encode()})
 
     add("device", f"{name}, {torch.get_num_threads()} threads")
     add("versions", ", ".join(f"{name} {version}" for name, version in utils.versions().items()))
