@@ -864,17 +864,17 @@ def write_files(contents):
     """
     temporary = {path: f"{path}.{os.getpid()}.part" for path in contents}  # each run has its own
     try:
-        for path, part in temporary.items():
-            with as_input_error(f"cannot write {path}", OSError), open(part, "wb") as file:
-                file.write(contents[path])
-                file.flush()
-                try:
-                    os.fsync(file.fileno())
-                except OSError as error:  # some file systems do not know it
-                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                        raise
-        for path, part in temporary.items():
-            with as_input_error(f"cannot write {path}", OSError):
+        with as_input_error(f"cannot write {', '.join(contents)}", OSError):
+            for path, part in temporary.items():
+                with open(part, "wb") as file:
+                    file.write(contents[path])
+                    file.flush()
+                    try:
+                        os.fsync(file.fileno())
+                    except OSError as error:  # some file systems do not know it
+                        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                            raise
+            for path, part in temporary.items():
                 rename(part, path)
     finally:
         for part in temporary.values():  # they are there only after an error
@@ -1098,8 +1098,7 @@ class Curves:
 
     def writer(self, part):
         if part not in self.writers:
-            folder = os.path.join(self.folder, part)
-            self.writers[part] = SummaryWriter(folder, purge_step=self.epoch)
+            self.writers[part] = SummaryWriter(f"{self.folder}/{part}", purge_step=self.epoch)
         return self.writers[part]
 
     def write(self, epoch, scalars, images=()):
@@ -1231,7 +1230,10 @@ def run_args(parser, argv, output):
     """
     args = parser.parse_args(argv)
     path = state_path(getattr(args, output))
-    if args.resume and os.path.isfile(path):
+    if args.resume is True and not os.path.isfile(path):
+        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+    args.resume = bool(args.resume) and os.path.isfile(path)
+    if args.resume:
         state, defaults = read_checkpoint(path), vars(parser.parse_args([]))
         with as_input_error(f"{path} is not a state of this version", Exception):
             state["fingerprint"]  # a KeyError in a state of long ago, or another file
@@ -1244,28 +1246,25 @@ def run_args(parser, argv, output):
             text = [f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed)]
             remedy = ": to train further, start a new run" * ("total_epoch" in changed)
             raise InputError(f"the run of {path} cannot go on with {', '.join(text)}{remedy}")
-    elif args.resume == "auto":
-        args.resume = False
-    elif args.resume:
-        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
     check_same_settings(**{name: x for name, x in vars(args).items() if name not in MAY_CHANGE})
     return args
 
 
-def set_aside(model_path, but_the_state=False):
-    """Rename what earlier runs have left under this name, to vit-t-mae-old-1.pth and so on: state,
-    model, picture, and models of epochs, such as vit-t-mae-0400.pth. Nothing is read.
+def set_aside(model_path, new_run=True):
+    """Rename what an earlier run has left under this name, to vit-t-mae-old-1.pth and so on: state,
+    model, picture, and models of epochs, such as vit-t-mae-0400.pth; model and picture only where
+    not for a new run. Nothing is read.
 
     The state goes first, as it has the weights, too: if a kill comes in between, it stands alone.
     """
     start, extension = os.path.splitext(os.path.normpath(model_path))  # as glob returns it
     epoch = rf"{re.escape(start)}-(\d{{4}}|[1-9]\d{{4,}}){re.escape(extension)}"
     kept = [path for path in glob.glob(f"{glob.escape(start)}-*") if re.fullmatch(epoch, path)]
-    files = [state_path(start + extension), start + extension, f"{start}.png"][but_the_state:]
+    files = [state_path(start + extension), start + extension, f"{start}.png"]
     files += [path for path in kept if not os.path.exists(state_path(path))]  # else another run's
+    found = [path for path in (files if new_run else files[1:3]) if os.path.lexists(path)]
     names = (f"{start}-old-{i}" for i in itertools.count(1))
     other = next(name for name in names if not glob.glob(f"{glob.escape(name)}*"))
-    found = [path for path in files if os.path.lexists(path)]
     for path in found:
         with as_input_error(f"cannot rename {path}", OSError):
             rename(path, other + path.removeprefix(start))
@@ -1295,10 +1294,9 @@ class StopSignal:
     def note(self, number, _):
         """A user's second one stops at once, but not under torchrun, which passes on signals that
         its processes may already have got."""
-        self.number, of_user = number, (signal.SIGINT, signal.SIGTERM)
-        if world_size() == 1 and number in of_user:
-            for each in of_user:
-                signal.signal(each, signal.SIG_DFL)
+        self.number = number
+        if world_size() == 1 and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # not print: the signal may have come in one
                 os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
@@ -1327,9 +1325,8 @@ class Run:
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
         self.ended, self.written, self.unsaved = False, False, {}
         if args.resume:
-            state = read_checkpoint(self.state_file)
             with as_input_error(f"{self.state_file} does not fit this model", Exception):
-                folder = self.restore(state)
+                folder = self.restore(read_checkpoint(self.state_file))
         numbers = len(dataset.train_images), len(dataset.val_images)
         place = {"epoch": self.epoch, "update": self.update}
         check_same_settings(images=numbers, **place, weights=checksum(*training.model.parameters()))
@@ -1379,8 +1376,8 @@ class Run:
             self.check_finite(training.host_sums)
             if self.agree_to_save(60 * self.args.save_minutes):
                 self.save()
-                text = f"{self.sums[0]:,.0f} of {total:,} images, {training.bar.postfix}"
-                self.tell(text, self.sums[0])
+                n = self.sums[0]
+                self.tell(f"saved after {n:,.0f} of {total:,} images, {training.bar.postfix}", n)
             self.stop_if_told()
         self.check_finite(training.sums, scale=training.scaler.get_scale())  # of the last, too
 
@@ -1412,7 +1409,8 @@ class Run:
         keep = self.args.keep_every and self.epoch % self.args.keep_every == 0
         if keep and rank() == 0:
             path = "{0}-{2:04}{1}".format(*os.path.splitext(self.model_path), self.epoch)
-            set_aside(path)
+            if os.path.lexists(path):
+                set_aside(path)
             self.unsaved[path] = kept
         if self.agree_to_save(min(self.pause, 60 * self.args.save_minutes)) or keep or self.ended:
             self.save()
@@ -1437,7 +1435,7 @@ class Run:
         self.check_finite(torch.tensor(self.sums), *self.training.model.parameters())
         if rank() == 0:
             if self.model_path in self.unsaved and not self.written:
-                set_aside(self.model_path, but_the_state=True)
+                set_aside(self.model_path, new_run=False)
                 self.written = True
             state = {name: getattr(self, name) for name in self.SAVED}
             state |= {"args": vars(self.args), "folder": self.curves.folder}
@@ -1459,10 +1457,13 @@ class Run:
     def stop_if_told(self):
         """After a StopSignal: say how to go on, end with status 128 + its number, such as 130."""
         if self.agreed_signal:
-            start = "python" if world_size() == 1 else "torchrun ..."
             command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
-            saved = os.path.exists(self.state_file)
-            remedy = f"to go on:\n    {start} {command}" if saved else "too early to save anything"
+            launcher = "python" if world_size() == 1 else "torchrun ..."
+            remedy = f"to go on:\n    {launcher} {command}"
+            if not os.path.exists(self.state_file):
+                remedy = "nothing is kept of its first update"
+                with contextlib.suppress(OSError, TypeError):  # not empty, or another process's
+                    os.removedirs(self.curves.folder)
             print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; {remedy}")
             sys.exit(128 + self.agreed_signal)
 

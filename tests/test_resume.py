@@ -1,6 +1,8 @@
 """Whatever happens to a run, it goes on to the same result, and what is on the disk can be read."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import glob
 import itertools
@@ -35,6 +37,7 @@ from helpers import (
     pretrain,
     read,
     same_weights,
+    scalars,
     signal_at_update,
     start,
     statuses,
@@ -119,7 +122,7 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     for kill in range(10):
         before = os.path.exists(state) and os.stat(state).st_mtime_ns
         next_second()
-        process = start(script, [*flags, *["--resume"] * bool(before)], "killed", before=slow)
+        process = start(script, [*flags, "--resume", "auto"], "killed", before=slow)
         if kill % 3 < 2:  # most while it trains, some while it starts
             wait_for(
                 lambda old=before: old != (os.path.exists(state) and os.stat(state).st_mtime_ns)
@@ -148,16 +151,16 @@ def test_killed_ten_times_ends_as_if_undisturbed(script):
     assert results[0] == results[1] and (script == "mae_pretrain" or results[0]["best"])
     expected = {"logs", f"{name}.pth", f"{name}.state.pth", "out-0", "err-0"} | kept
     expected |= {"vit-t-mae.png"} if script == "mae_pretrain" else set()
-    assert {f for f in os.listdir("killed") if not f.endswith(".part")} == expected
+    assert {f for f in os.listdir("killed") if not f.endswith((".part", ".lock"))} == expected
 
 
 @pytest.mark.parametrize(
     "at, number, status",
     [
-        (1, signal.SIGINT, 130),
         (2, signal.SIGTERM, 143),
         (3, signal.SIGINT, 130),
-        (5, signal.SIGTERM, 143),
+        (4, signal.SIGUSR1, 138),
+        (5, signal.SIGHUP, 129),
     ],
 )
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -191,6 +194,11 @@ def hang_in_an_update():
     on_update(2, functools.partial(time.sleep, 1000))
 
 
+def hang_up_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop(2, signal.SIGHUP)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal_stops_at_once(number):
     process = start("mae_pretrain", [*PRETRAIN, "--save_minutes", "0"], before=hang_in_an_update)
@@ -209,23 +217,22 @@ def test_a_notebook_gets_its_process_back(script, monkeypatch):
     """After a run, one that was stopped, one that failed: its signals, threads and hooks."""
 
     def process():
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return *handlers, torch.get_num_threads(), threading.excepthook, os.listdir()
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)]
+        return *handlers, torch.get_num_threads(), threading.excepthook
 
     monkeypatch.setattr(utils, "THREADS", 2)  # as it is outside of the tests
     torch.set_num_threads(2)
-    *before, _ = process()
+    before = process()
     script()
     with pytest.raises(SystemExit), signal_at_update(signal.SIGINT, 2):
         script()
-    *after, files = process()
+    after = process()
     with pytest.raises(utils.InputError, match="cannot go on") as error:  # keeps its frames
         script("--resume", "--seed", "7")
     with pytest.raises(utils.InputError, match="not finite") as error:
         script("--base_learning_rate", "1e38", "--total_epoch", "3")
     script()
-    assert error and before == after == [*process()][:-1]
-    assert not any("lock" in name for name in files)
+    assert error and before == after == process()
 
 
 def test_resume_where_there_is_nothing(capsys):
@@ -244,6 +251,7 @@ def test_resume_names_every_argument_that_would_change_the_run():
     for part in ("--seed 7 (it has 42)", "--batch_size 30", "--total_epoch 9", "--emb_dim 48"):
         assert part in str(error.value)
     assert "--norm_pix_loss True" in str(error.value) and "weight_decay" not in str(error.value)
+    assert str(error.value).endswith("to train further, start a new run")
     with pytest.raises(utils.InputError, match="--dataset cifar10"):
         pretrain("--resume", "--dataset", "cifar10")
     mae_pretrain.main(mae_pretrain.get_args(["--resume"]))  # flags need not be repeated
@@ -275,38 +283,67 @@ def test_finished_run_is_not_trained_again(capsys):
 
 def stored(name):
     """Path -> bytes of the files of a run and of its earlier runs."""
-    files = (file for file in os.listdir() if file.startswith(name) and os.path.isfile(file))
+    files = (file for file in os.listdir() if file.startswith(name) and not file.endswith(".lock"))
     return {file: open(file, "rb").read() for file in files}
 
 
+def renamed(files, name):
+    return {file.replace(name, f"{name}-old-1", 1): content for file, content in files.items()}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_new_run_overwrites_nothing(script, capsys):
+def test_a_new_run_renames_what_an_earlier_one_left(script, capsys):
     name, _ = SCRIPTS[script]
     train_, path = MAIN[script], PATH[script]
-    os.makedirs(f"{name}-3.png")  # not a file of ours
     train_("--keep_every", "1")
     first = stored(name)
-    kept = {
-        file.replace(name, f"{name}-old-1"): x for file, x in first.items() if "state" not in file
-    }
+    for other in ("-7.pth", "-00001.pth", "-0001.png"):  # no names of ours
+        shutil.copy(f"{name}.pth", name + other)
+    train_(path, f"{name}-0009.pth")  # another run, which has a state
+    others = {file: x for file, x in stored(name).items() if file not in first}
+    for _ in range(3):
+        with pytest.raises(SystemExit), signal_at_update(signal.SIGTERM, 1):
+            train_("--seed", "1", "--log_dir", "aborted")
+        assert stored(name) == renamed(first, name) | others and not os.path.exists("aborted")
+    out = capsys.readouterr().out
+    assert out.count(f"an earlier run is kept as {name}-old-1.pth") == 1
+    assert "nothing is kept of its first update" in out and "--resume" not in out
+
     with stopped_at_update(4):
         train_("--seed", "1", "--keep_every", "1")
-    assert f"an earlier run is kept as {name}-old-1.pth" in capsys.readouterr().out
-    second = stored(name)
-    assert kept.items() <= second.items()  # of a finished run, the state is of no more use
-    train_("--seed", "2", "--keep_every", "1")
-    assert second.items() >= {k: v for k, v in stored(name).items() if "old-1" in k}.items()
-    pair = f"{name}-old-2.pth", f"{name}-old-2.state.pth"
-    assert [stored(name)[file] for file in pair] == [
-        second[file.replace("-old-2", "")] for file in pair
-    ]
-    # The newest goes on, and so does the one in between.
+    second = {file: x for file, x in stored(name).items() if file in first}
+    # Killed after the first of its renames, a third run leaves the state alone; a fourth the rest.
+    os.rename(f"{name}.state.pth", f"{name}-old-2.state.pth")
+    train_("--seed", "3")
+    moved = {f"{name}-old-{2 if 'state' in x else 3}{x[len(name) :]}": y for x, y in second.items()}
+    assert (moved | renamed(first, name) | others).items() <= stored(name).items()
+    assert not os.path.exists(f"{name}-0001.pth")
+
     train_("--resume")
-    assert read(f"{name}.state.pth")["args"]["seed"] == 2
-    train_("--resume", path, f"{name}-old-2.pth", "--keep_every", "1")
+    assert read(f"{name}.state.pth")["args"]["seed"] == 3
+    for file in moved:
+        os.rename(file, file.replace("old-3", "old-2"))
+    train_("--resume", path, f"{name}-old-2.pth")
     train_("--seed", "1", path, "whole.pth")
     same_weights(f"{name}-old-2.pth", "whole.pth")
-    assert os.path.exists(f"{name}-old-2-0002.pth") and kept.items() <= stored(name).items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_in_the_way_of_a_resumed_run_is_renamed(script):
+    name, _ = SCRIPTS[script]
+    train_, path = MAIN[script], PATH[script]
+    with stopped_at_update(2):
+        train_()
+    train_(path, f"{name}-0001.pth", "--seed", "1")
+    other = stored(f"{name}-0001")
+    shutil.copy(f"{name}-0001.pth", f"{name}.pth")
+    os.mkdir(f"{name}-0002.pth")
+    train_("--resume", "--keep_every", "1")
+    assert renamed(other, f"{name}-0001").items() <= stored(f"{name}-0001").items()
+    assert stored(f"{name}-old-1") == {f"{name}-old-1.pth": other[f"{name}-0001.pth"]}
+    assert os.path.isdir(f"{name}-0002-old-1.pth") and read(f"{name}-0002.pth")["epoch"] == 2
+    train_(path, "whole.pth")
+    same_weights(f"{name}.pth", "whole.pth")
 
 
 @pytest.mark.parametrize("path", ["q//c.pth", "q/c", "./q/c.x.pth"])
@@ -329,9 +366,10 @@ def test_a_classifier_in_the_place_of_its_pretrained_model():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_runs_at_once_on_one_model_file(script):
     name, _ = SCRIPTS[script]
-    process = start(script, [*FLAGS[script], "--total_epoch", "100000"], number=1)
+    flags = [*FLAGS[script], "--total_epoch", "100000", "--save_minutes", "0"]
+    process = start(script, flags, number=1)
     try:
-        wait_for(lambda: os.path.exists(f"{name}.pth") and read(f"{name}.state.pth")["epoch"] > 0)
+        wait_for(lambda: os.path.exists(f"{name}.pth"))
         os.kill(process.pid, signal.SIGSTOP)  # so that it writes nothing meanwhile
         before = stored(name)
         with pytest.raises(utils.InputError, match=f"another run is writing {name}.pth"):
@@ -340,7 +378,12 @@ def test_two_runs_at_once_on_one_model_file(script):
     finally:
         process.kill()
         process.join()
-    MAIN[script]()  # nothing is left of its lock
+    # A lock on the file that the first run has used is a lock for all.
+    with open(f"{name}.state.pth.lock") as file:
+        MAIN[script]()  # nothing is left of the first one's
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(utils.InputError, match=f"another run is writing {name}.pth"):
+            MAIN[script]()
     assert os.path.exists(f"{name}-old-1.state.pth")
 
 
@@ -359,17 +402,15 @@ def test_two_identical_starts_over_an_unfinished_run():
 
 @pytest.mark.parametrize("script", [pretrain, classify])
 def test_divergence_stops_the_run_and_keeps_the_files(script, device):
+    name = "vit-t-mae" if script is pretrain else "cls"
     script("--device", device)
-    before = {file: open(file, "rb").read() for file in os.listdir() if file.endswith(".pth")}
+    before = stored(name)
     with pytest.raises(utils.InputError) as error:
         script("--base_learning_rate", "1e38", "--total_epoch", "3", "--device", device)
     message = str(error.value)
     for part in ("not finite after", "epochs, ", "learning rate", "--warmup_epoch"):
         assert part in message
-    state = read(next(file for file in before if "state" in file))
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
-    model = next(file for file in before if "state" not in file)
-    assert open(model, "rb").read() == before[model]
+    assert stored(name) == renamed(before, name)
 
 
 def small_files(size):
@@ -378,8 +419,8 @@ def small_files(size):
 
 
 @pytest.mark.parametrize(
-    ("script", "size"),  # of the state, of the curves in the middle of the run, of the state
-    [("mae_pretrain", 5_000), ("mae_pretrain", 350_000), ("train_classifier", 100_000)],
+    ("script", "size"),  # of the curves in the middle of the run, of the state
+    [("mae_pretrain", 350_000), ("train_classifier", 100_000)],
 )
 def test_full_disk(script, size):
     """In a process of its own: TensorBoard's threads and open files have a say at its end."""
@@ -387,7 +428,8 @@ def test_full_disk(script, size):
     flags, full = [*FLAGS[script], "--total_epoch", "12"], functools.partial(small_files, size)
     assert finish(script, flags, "whole") == 0
     assert finish(script, flags, "full", before=functools.partial(stop, 4)) == 143
-    for more in ([], ["--resume"]):  # a new run, and one that goes on
+    before = read(f"full/{name}.state.pth")
+    for more in (["--resume"], []):  # one that goes on, and a new one
         next_second()
         assert finish(script, [*flags, *more], "full", before=full) == 1
         error = output("full", names=["err"])
@@ -396,14 +438,14 @@ def test_full_disk(script, size):
             utils.read_checkpoint(file)
         assert glob.glob("full/*.state.pth") and not glob.glob("full/*.part")
     next_second()
-    assert finish(script, [*flags, "--resume"], "full") == 0
-    same_weights(f"full/{name}.pth", f"whole/{name}.pth")
-    folder = read(f"full/{name}.state.pth")["folder"]
-    assert curves(f"full/{folder}") == curves(f"whole/logs/shapes/{log}")
+    path, old = PATH[script], f"{name}-old-1.pth"
+    assert finish(script, [*flags, "--resume", path, old], "full") == 0
+    same_weights(f"full/{old}", f"whole/{name}.pth")
+    assert curves(before["folder"]) == curves(f"whole/logs/shapes/{log}")
 
 
 def test_vanished_folder_is_an_error():
-    with pytest.raises(utils.InputError, match="cannot write out/mae.state.pth: No such file"):
+    with pytest.raises(utils.InputError, match="cannot write out/mae.state.pth.*: No such file"):
         with at_update(4, functools.partial(shutil.rmtree, "out")):
             pretrain("--model_path", "out/mae.pth", "--save_minutes", "0")
 
@@ -413,20 +455,58 @@ def test_state_never_speaks_of_a_file_that_is_not_there(script):
     name, _ = SCRIPTS[script]
     train_, path = MAIN[script], PATH[script]
     train_(path, "whole.pth")
-    # From the first update on, something else has the name of the model file.
-    with pytest.raises(utils.InputError, match=f"cannot write {name}.pth: Is a directory"):
-        with at_update(1, functools.partial(os.mkdir, f"{name}.pth")):
-            train_("--save_minutes", "0")
-    os.rmdir(f"{name}.pth")
-    state = read(f"{name}.state.pth")  # of the last update before there was a model to write
-    assert (state["epoch"], state["update"], state["results"]) == (0, 3, {})
+    with stopped_at_update(4):
+        train_()
+    os.remove(f"{name}.pth")
+    if script == "train_classifier":
+        with pytest.raises(utils.InputError, match=f"{name}.pth is gone.*{name}.state.pth"):
+            train_("--resume")
+        shutil.copy("whole.pth", f"{name}.pth")
     train_("--resume")
-    same_weights(f"{name}.pth", "whole.pth")
     states = [read(f"{stem}.state.pth") for stem in (name, "whole")]
     assert states[0]["results"] == states[1]["results"] and states[0]["epoch"] == 2
     os.remove(f"{name}.pth")
     with pytest.raises(utils.InputError, match=f"{name}.pth is gone.*{name}.state.pth"):
         train_("--resume")
+
+
+def own_loop(*flags, results=(), last=()):
+    """A script that somebody has changed: it keeps results of its own, and may end early."""
+    args = mae_pretrain.get_args([*PRETRAIN, *flags])
+    dataset = utils.load_dataset(args, torch.device("cpu"))
+    images, model_ = dataset.train_images, model.MAE_ViT(32, 8, 24, 1, 3, 1, 3)
+    example = [images[:1], torch.zeros(1, 16)]
+    net = utils.Net(mae_pretrain.MAELoss(model_, 8), [torch.device("cpu")], args, example)
+    optim = torch.optim.AdamW(model_.parameters())
+    training, epochs = utils.Training(model_, net, optim, ["loss"]), []
+    with utils.start_run(args, "own", args.model_path, training, dataset) as run:
+        for epoch in run.epochs():
+            epochs.append(epoch)
+            run.results |= dict(results)
+            for update, batch in run.updates(torch.arange(60).split(20)):
+                rng = utils.generator(epoch, update)
+                for rows in net.micro_batches(
+                    {"index": batch, "noise": torch.rand(20, 16, generator=rng)}
+                ):
+                    training.backward(mae_pretrain.losses(net, images, rows), 20)
+                training.step()
+            training.end()
+            content = utils.model_content(model_, {"image_size": 32}, args, epoch=epoch + 1)
+            run.end_epoch({args.model_path: content}, kept=content, last=epoch in last)
+    return epochs
+
+
+def test_a_changed_script_keeps_results_before_there_is_a_model():
+    with stopped_at_update(2):
+        own_loop(results={"loss": 7.0})
+    assert not os.path.exists("vit-t-mae.pth") and read(STATE)["results"] == {"loss": 7.0}
+    assert own_loop("--resume") == [0, 1] and read(STATE)["results"] == {"loss": 7.0}
+
+
+def test_a_changed_script_ends_early():
+    assert own_loop("--total_epoch", "9", last=[3]) == [0, 1, 2, 3]
+    assert read("vit-t-mae.pth")["epoch"] == read(STATE)["epoch"] == 4
+    assert own_loop("--resume", "--total_epoch", "9") == []
 
 
 def test_a_full_log_or_closed_pipe_does_not_end_a_run(monkeypatch):
@@ -451,14 +531,12 @@ def spoil_update(number):
 
 def test_weights_that_are_not_finite_are_not_saved():
     pretrain()
-    before = {file: open(file, "rb").read() for file in os.listdir() if file.endswith(".pth")}
-    flags = ["--seed", "1", "--total_epoch", "1", "--save_minutes", "1000"]
+    before = stored("vit-t-mae")
+    flags = ["--seed", "1", "--total_epoch", "1"]
     # The last of all: no loss tells it.
     with pytest.raises(utils.InputError, match="not finite after 0 epochs, 3 up"), spoil_update(3):
         pretrain(*flags)
-    assert open("vit-t-mae.pth", "rb").read() == before["vit-t-mae.pth"]
-    state = read(STATE)
-    assert state["epoch"] == 0 and all(x.isfinite().all() for x in state["model"].values())
+    assert stored("vit-t-mae") == renamed(before, "vit-t-mae")
 
 
 def test_loss_that_is_not_finite_stops_the_run_at_once(device):
@@ -483,7 +561,7 @@ def test_results_that_are_not_finite_are_not_saved(script, monkeypatch):
     monkeypatch.setattr(kind, "forward", spoiled)
     with pytest.raises(utils.InputError, match="not finite after 0 epochs, 3 updates"):
         script()
-    assert not os.path.exists(f"{name}.pth") and read(f"{name}.state.pth")["epoch"] == 0
+    assert stored(name) == {}
 
 
 @pytest.mark.parametrize(
@@ -520,36 +598,137 @@ def test_each_recipe_stopped_goes_on_with_another_micro_batch_and_name(script, f
     assert not torch.allclose(a[name], b[name], atol=1e-4)
 
 
-def test_a_signal_while_the_validation_images_are_looked_at(monkeypatch):
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_while_the_validation_images_are_looked_at(epoch, monkeypatch, capsys):
+    """In the last epoch the run has all that it needs to end as usual."""
     forward, told = model.ViT_Classifier.forward, []
 
     def signalling(self, *inputs):
-        if not self.training and not told:
-            told.append(os.kill(os.getpid(), signal.SIGTERM))
+        if not self.training:
+            told.append(len(told))
+            if len(told) == 3 * epoch - 1:  # of three micro-batches in each epoch
+                os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *inputs)
 
     monkeypatch.setattr(model.ViT_Classifier, "forward", signalling)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) if epoch == 1 else contextlib.nullcontext():
         classify()
-    assert (read("cls.state.pth")["epoch"], read("cls.state.pth")["update"]) == (1, 0)
+    assert (read("cls.state.pth")["epoch"], read("cls.state.pth")["update"]) == (epoch, 0)
+    assert ("to go on" in capsys.readouterr().out) == (epoch == 1)
 
 
-def test_state_is_saved_by_the_clock_within_an_epoch():
-    def saved(minutes):
-        """Of which epoch and update is the state at every update?"""
+def test_nohup_has_a_signal_ignored():
+    assert finish("mae_pretrain", PRETRAIN, before=hang_up_under_nohup) == 0
+
+
+def test_state_is_saved_by_the_clock(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def saved(minutes, seconds):
+        """Of which epochs and updates are there states, if an update takes so many seconds?"""
         found = []
 
         def note(*_):
-            state = read(STATE)
-            found.append((state["epoch"], state["update"]))
+            now[0] += seconds
+            state = read(STATE) if os.path.exists(STATE) else {}
+            found.append((state.get("epoch"), state.get("update")))
 
         with each_update(note):
-            pretrain("--save_minutes", minutes)
-        return found
+            pretrain("--save_minutes", minutes, "--total_epoch", "7")
+        return list(dict.fromkeys(found))[1:]
 
-    assert saved("0") == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert {update for _, update in saved("1000")} == {0}
-    assert read(STATE)["epoch"] == 2
+    every_update = [(epoch, update) for epoch in range(7) for update in (1, 2, 3)]
+    assert saved("0", 1) == every_update[:-1]
+    assert saved("1000", 11) == [(2, 0), (4, 0), (6, 0)]  # after an epoch, if a minute has passed
+    assert saved("1000", 61) == [(epoch, 0) for epoch in range(1, 7)]
+    assert saved("1.5", 50)[:4] == [(0, 2), (1, 1), (1, 3), (2, 2)]
+    assert read(STATE)["epoch"] == 7
+    assert "epoch 1/7: saved after 50 of 60 images, loss=" in capsys.readouterr().out
+
+
+def test_the_best_model_is_not_lost_before_it_is_saved():
+    """Accuracies fall here: the first epoch is the best, and there is no save until the signal."""
+    flags = ["--base_learning_rate", "1", "--total_epoch", "9"]
+    classify(*flags, "--keep_every", "1")
+    best = read("cls.pth")["epoch"]
+    os.rename(f"cls-{best:04}.pth", "best.pth")
+    with stopped_at_update(3 * best + 2):
+        classify(*flags)
+    assert 1 <= best < 9 and read("cls.pth")["epoch"] == best
+    same_weights("cls.pth", "best.pth")
+
+
+def test_resume_auto_goes_on_or_starts(capsys):
+    for script, name in ((pretrain, "vit-t-mae"), (classify, "cls")):
+        script("--seed", "7")
+        os.rename(f"{name}.pth", "whole.pth")
+        os.remove(f"{name}.state.pth")
+        flags = "--seed", "7", "--resume", "auto"
+        with stopped_at_update(2):
+            script(*flags)
+        script(*flags)
+        same_weights(f"{name}.pth", "whole.pth")
+        capsys.readouterr()
+        script(*flags)
+        assert "epoch 1/2:" not in capsys.readouterr().out
+        with pytest.raises(utils.InputError, match="cannot go on with --seed 8"):
+            script("--seed", "8", "--resume", "auto")
+
+
+def test_curves_go_on_where_they_are_or_where_log_dir_says(monkeypatch, capsys):
+    os.mkdir("a")
+    os.mkdir("b")
+    monkeypatch.chdir("a")
+    with stopped_at_update(4):
+        pretrain("--total_epoch", "5")
+    monkeypatch.chdir("../b")
+    pretrain()
+    own = curves("logs/shapes")
+    path = "--model_path", "../a/vit-t-mae.pth"
+    next_second()
+    with stopped_at_update(4):
+        pretrain("--resume", "--total_epoch", "5", *path)
+    monkeypatch.chdir("..")
+    assert curves("b/logs/shapes") == own
+    all_steps_once("a/logs/shapes/mae-pretrain", 2)
+    for _ in range(2):  # the second time, it is not new
+        with stopped_at_update(3):
+            pretrain(
+                "--resume",
+                "--total_epoch",
+                "5",
+                "--model_path",
+                "a/vit-t-mae.pth",
+                "--log_dir",
+                "c",
+            )
+    assert [step for step, _ in scalars("c/shapes/mae-pretrain", "mae_loss")] == [2, 3]
+    all_steps_once("a/logs/shapes/mae-pretrain", 2)
+    shutil.rmtree("c")
+    capsys.readouterr()
+    pretrain("--resume", "--total_epoch", "5", "--model_path", "a/vit-t-mae.pth", "--log_dir", "c")
+    assert "in a new folder" in capsys.readouterr().out
+    assert [step for step, _ in scalars("c/shapes/mae-pretrain", "mae_loss")] == [4]
+
+
+def test_files_that_another_program_holds_for_a_moment(monkeypatch):
+    """As on Windows; and a file system that has no fsync."""
+    replace, calls = os.replace, itertools.count()
+
+    def held(path, new):
+        if next(calls) % 3:
+            raise PermissionError(errno.EACCES, "held")
+        replace(path, new)
+
+    def unknown(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(os, "fsync", unknown)
+    for _ in range(2):
+        pretrain()
+    assert read("vit-t-mae.pth")["epoch"] == read("vit-t-mae-old-1.pth")["epoch"] == 2
 
 
 FP16 = ["--precision", "fp16", "--total_epoch", "3"]
@@ -659,6 +838,6 @@ def test_a_scale_that_keeps_falling_is_a_loss_that_is_not_finite(monkeypatch):
 
     monkeypatch.setattr(model.MAE_ViT, "forward", overflowing)
     with pytest.raises(utils.InputError, match="not finite after 3 epochs, 3 .*--precision fp32"):
-        pretrain("--precision", "fp16", "--total_epoch", "9")
+        pretrain("--precision", "fp16", "--total_epoch", "9", "--save_minutes", "0")
     assert found == [2.0 ** (9 - i) for i in range(12)]
     assert all(tensor.isfinite().all() for tensor in read(STATE)["model"].values())
