@@ -1461,7 +1461,7 @@ class Run:
             launcher = "python" if world_size() == 1 else "torchrun ..."
             remedy = f"to go on:\n    {launcher} {command}"
             if not os.path.exists(self.state_file):
-                remedy = "nothing is kept of its first update"
+                remedy = "nothing is saved yet"
                 with contextlib.suppress(OSError, TypeError):  # not empty, or another process's
                     os.removedirs(self.curves.folder)
             print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; {remedy}")

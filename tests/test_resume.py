@@ -307,7 +307,7 @@ def test_a_new_run_renames_what_an_earlier_one_left(script, capsys):
         assert stored(name) == renamed(first, name) | others and not os.path.exists("aborted")
     out = capsys.readouterr().out
     assert out.count(f"an earlier run is kept as {name}-old-1.pth") == 1
-    assert "nothing is kept of its first update" in out and "--resume" not in out
+    assert "nothing is saved yet" in out and "--resume" not in out
 
     with stopped_at_update(4):
         train_("--seed", "1", "--keep_every", "1")
