@@ -481,7 +481,8 @@ def main(args):
             run.report(text, both)
             results = {"epoch": epoch + 1, **val}
             best = val["acc"] > run.results.get("best", {"acc": -1})["acc"]
-            if args.holdout and (best or epoch + 1 == args.total_epoch):
+            last = epoch + 1 == args.total_epoch
+            if args.holdout and (best or last):
                 test = evaluate(net, test_images, test_labels)
                 results |= {"test_loss": test["loss"], "test_acc": test["acc"]}
             run.results["last"] = results
@@ -492,7 +493,7 @@ def main(args):
             more |= {"chosen": net.settings, "classes": classes}
             architecture = sizes | {"num_classes": len(classes)}
             content = utils.model_content(saved, architecture, args, **more)
-            run.end_epoch({run.model_path: content} if best else {}, kept=content)
+            run.end_epoch({run.model_path: content} if best else {}, kept=content, last=last)
     utils.print_rank_0(f"{summary(args, run.results, len(test_images))}: {run.model_path}")
 
 

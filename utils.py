@@ -288,7 +288,7 @@ def add_shared_flags(parser, model_flag, curves, **defaults):
     add("--keep_every", type=positive_int, metavar="N",
         help="every N epochs, also keep the model, such as model-0400.pth (default: off)")
     add("--save_minutes", type=unsigned_float, default=10.0, metavar="M",
-        help="save every M minutes at the latest; after an epoch if the last save is a minute ago")
+        help="save every M minutes at the latest, and after an epoch if a tenth of that has passed")
     add("--resume", nargs="?", const=True, default=False, choices=["auto"],
         help="go on; other flags need not be given; auto: or start, without a state (default: off)")
     parser.set_defaults(**defaults)
@@ -860,21 +860,21 @@ def rename(path, new):
 def write_files(contents):
     """Write {path: bytes} to temporary files, then rename these: none is ever half written.
 
-    Raises InputError, with all as they were, if a file cannot be written.
+    Raises InputError if one cannot be written: before all are, none is renamed.
     """
     temporary = {path: f"{path}.{os.getpid()}.part" for path in contents}  # each run has its own
     try:
-        with as_input_error(f"cannot write {', '.join(contents)}", OSError):
-            for path, part in temporary.items():
-                with open(part, "wb") as file:
-                    file.write(contents[path])
-                    file.flush()
-                    try:
-                        os.fsync(file.fileno())
-                    except OSError as error:  # some file systems do not know it
-                        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                            raise
-            for path, part in temporary.items():
+        for path, part in temporary.items():
+            with as_input_error(f"cannot write {path}", OSError), open(part, "wb") as file:
+                file.write(contents[path])
+                file.flush()
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:  # some file systems do not know it
+                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                        raise
+        for path, part in temporary.items():
+            with as_input_error(f"cannot write {path}", OSError):
                 rename(part, path)
     finally:
         for part in temporary.values():  # they are there only after an error
@@ -1180,8 +1180,8 @@ class Training:
         return self.means(*sums)
 
     def time_left(self, images, epochs):
-        """What is left of an epoch after so many images, and so many more epochs, take at the pace
-        since it was begun or resumed, in h:mm:ss: ", 2:10:33 left"."""
+        """How long the rest of this epoch, of which so many images are done, and so many epochs
+        more take at its pace so far: ", 2:10:33 left"."""
         seconds = (time.perf_counter() - self.start) * (self.total * (1 + epochs) - images)
         done = images - self.images_before
         return f", {tqdm.format_interval(round(seconds / done))} left" if done else ""
@@ -1212,7 +1212,7 @@ def describe_run(args, training, dataset, folder):
 
 
 # ---------------------------------------------------------------------------- stop and resume
-# main calls start_run, and loops over the epochs and batches of its Run; get_args resume_args.
+# get_args calls run_args; main calls start_run, and loops over the epochs and batches of its Run.
 
 
 def state_path(model_path):
@@ -1221,17 +1221,17 @@ def state_path(model_path):
 
 
 def run_args(parser, argv, output):
-    """The arguments of a new run, or with --resume those of the run whose state lies beside the
-    model file, changed as argv asks.
+    """The arguments of a run: those of argv or, with --resume, those in the state beside the model
+    file, changed as argv asks.
 
-    output: the name of the model file's flag. Raises InputError if there is no such run, unless
-    `--resume auto` begins one, for what in argv would change its result, or if another process has
-    other flags.
+    output: the name of the model file's flag. Raises InputError if --resume finds no state (auto
+    starts a new run), if argv would change the result, or if another process has other flags.
     """
     args = parser.parse_args(argv)
     path = state_path(getattr(args, output))
     if args.resume is True and not os.path.isfile(path):
-        raise InputError(f"nothing to resume: there is no {path}; start the run without --resume")
+        remedy = "leave --resume out, or name a run that was renamed, such as ...-old-1.pth"
+        raise InputError(f"nothing to resume: there is no {path}: {remedy}")
     args.resume = bool(args.resume) and os.path.isfile(path)
     if args.resume:
         state, defaults = read_checkpoint(path), vars(parser.parse_args([]))
@@ -1244,25 +1244,25 @@ def run_args(parser, argv, output):
         changed = {name for name, value in vars(args).items() if value != saved[name]} - MAY_CHANGE
         if changed:
             text = [f"--{x} {getattr(args, x)} (it has {saved[x]})" for x in sorted(changed)]
-            remedy = ": to train further, start a new run" * ("total_epoch" in changed)
+            remedy = ": for another length start a new run" * ("total_epoch" in changed)
             raise InputError(f"the run of {path} cannot go on with {', '.join(text)}{remedy}")
     check_same_settings(**{name: x for name, x in vars(args).items() if name not in MAY_CHANGE})
     return args
 
 
-def set_aside(model_path, new_run=True):
+def set_aside(model_path, with_state=True):
     """Rename what an earlier run has left under this name, to vit-t-mae-old-1.pth and so on: state,
-    model, picture, and models of epochs, such as vit-t-mae-0400.pth; model and picture only where
-    not for a new run. Nothing is read.
+    model, picture, and models of epochs, such as vit-t-mae-0400.pth. Nothing is read.
 
     The state goes first, as it has the weights, too: if a kill comes in between, it stands alone.
+    with_state: False for model and picture only; the others are those of this run.
     """
     start, extension = os.path.splitext(os.path.normpath(model_path))  # as glob returns it
     epoch = rf"{re.escape(start)}-(\d{{4}}|[1-9]\d{{4,}}){re.escape(extension)}"
     kept = [path for path in glob.glob(f"{glob.escape(start)}-*") if re.fullmatch(epoch, path)]
     files = [state_path(start + extension), start + extension, f"{start}.png"]
     files += [path for path in kept if not os.path.exists(state_path(path))]  # else another run's
-    found = [path for path in (files if new_run else files[1:3]) if os.path.lexists(path)]
+    found = [path for path in (files if with_state else files[1:3]) if os.path.lexists(path)]
     names = (f"{start}-old-{i}" for i in itertools.count(1))
     other = next(name for name in names if not glob.glob(f"{glob.escape(name)}*"))
     for path in found:
@@ -1276,15 +1276,15 @@ class StopSignal:
     """Notes a signal to stop, so that the update under way can finish and the run be saved.
 
     SIGINT is Ctrl-C, SIGTERM what kill sends; SIGUSR1 warns of the end of a Slurm job, SIGHUP tells
-    that the connection is lost. nohup has the last ignored, and Windows does not have the last two.
+    that the connection is lost. Windows has neither of these. Who has a signal ignored, as nohup
+    has SIGHUP, means it.
     """
 
     def __enter__(self):
-        names = {"SIGINT", "SIGTERM", "SIGUSR1"}
-        if signal.getsignal(getattr(signal, "SIGHUP", signal.SIGINT)) != signal.SIG_IGN:
-            names.add("SIGHUP")
-        self.number = 0
-        self.before = {x: signal.signal(x, self.note) for x in signal.Signals if x.name in names}
+        names = "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        told = [x for x in numbers if signal.getsignal(x) != signal.SIG_IGN]
+        self.number, self.before = 0, {x: signal.signal(x, self.note) for x in told}
         return self
 
     def __exit__(self, *_):
@@ -1292,8 +1292,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        """A user's second one stops at once, but not under torchrun, which passes on signals that
-        its processes may already have got."""
+        """A second Ctrl-C or kill stops at once, but not under torchrun, which passes on signals
+        that its processes may already have got."""
         self.number = number
         if world_size() == 1 and number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -1313,8 +1313,9 @@ class Run:
                 run.end_epoch({args.model_path: content}, kept=content)
 
     `updates` saves between updates when it is due. Told to stop by a signal, `updates` or `epochs`
-    ends the program, once the state is saved. That is small (weights, optimizer, two counters, sums
-    of the epoch), as all that is drawn is a function of seed, epoch and update (see `generator`).
+    ends the program, once the state is saved, in the first update without. The state is small
+    (weights, optimizer, two counters, sums of the epoch), as all that is drawn is a function of
+    seed, epoch and update (see `generator`).
     """
 
     SAVED = "epoch", "update", "sums", "results", "ended", "written", "fingerprint"
@@ -1323,7 +1324,8 @@ class Run:
         self.args, self.model_path, self.state_file = args, model_path, state_path(model_path)
         self.training, self.fingerprint, folder = training, checksum(*dataset[:4]), None
         self.epoch, self.update, self.sums, self.results = 0, 0, [], {}
-        self.ended, self.written, self.unsaved = False, False, {}
+        # What to write with the next save; the name of the model file once it is this run's.
+        self.unsaved, self.written, self.ended = {}, "", False
         if args.resume:
             with as_input_error(f"{self.state_file} does not fit this model", Exception):
                 folder = self.restore(read_checkpoint(self.state_file))
@@ -1335,7 +1337,7 @@ class Run:
             if not args.resume:
                 set_aside(model_path)
         self.curves, self.signal, self.agreed_signal = Curves(folder, self.epoch), stop, 0
-        self.saved_at, self.pause = time.perf_counter(), 60
+        self.saved_at, self.pause = time.perf_counter(), 6 * args.save_minutes
 
     def restore(self, state):
         """Take up the saved run -> its curves' folder, or None if they go on in a new one.
@@ -1351,7 +1353,8 @@ class Run:
         self.sums, self.results = [float(x) for x in state["sums"]], dict(state["results"])
         total = self.args.total_epoch
         self.ended = state.get("ended", self.epoch == total)  # earlier versions lack these two
-        self.written = state.get("written", True)
+        self.written = state.get("written", os.path.basename(self.model_path))
+        # Without results the next epoch writes it anew.
         if self.written and (self.results or self.ended) and not os.path.exists(self.model_path):
             raise InputError(f"{self.model_path} is gone: put it back beside {self.state_file}")
         print_rank_0(f"resumed:   after {self.epoch} of {total} epochs, {self.update} updates")
@@ -1396,12 +1399,12 @@ class Run:
         self.tell(f"{text}, lr {lr:.2e}, {speed:,.0f} images/s", self.training.total)
 
     def end_epoch(self, files, kept, last=False):
-        """Note that an epoch is done. Save if it is the last one, or if the last save is a minute
-        or --save_minutes ago, or longer where saving would take more than 2 % of the time.
+        """Note that an epoch is done. Save if it is the last, if --keep_every names it, or if a
+        tenth of --save_minutes has passed; more where saving takes more than 2 % of the time.
 
         files: {path: what `encode` takes}, to be written with the next save. kept: a model_content;
         after epoch 400, if --keep_every names it, it is saved at once as vit-t-mae-0400.pth. last:
-        the run ends here, whatever its --total_epoch.
+        the run ends here, whatever its --total_epoch; the same in all processes.
         """
         self.epoch, self.update, self.sums = self.epoch + 1, 0, []
         self.ended = last or self.epoch == self.args.total_epoch
@@ -1409,19 +1412,19 @@ class Run:
         keep = self.args.keep_every and self.epoch % self.args.keep_every == 0
         if keep and rank() == 0:
             path = "{0}-{2:04}{1}".format(*os.path.splitext(self.model_path), self.epoch)
-            if os.path.lexists(path):
-                set_aside(path)
+            set_aside(path)
             self.unsaved[path] = kept
         if self.agree_to_save(min(self.pause, 60 * self.args.save_minutes)) or keep or self.ended:
             self.save()
 
     def agree_to_save(self, seconds):
-        """Whether process 0 saved that long ago, or any has agreed_signal; all get this answer."""
+        """Whether process 0 saved that long ago, or any has agreed_signal, other than in the first
+        update of all; all get this answer."""
         overdue = rank() == 0 and time.perf_counter() - self.saved_at > seconds
         # The one exchange of an update besides gradients, through gloo: no GPU is waited for.
         flags = torch.tensor([self.signal.number, overdue])
         self.agreed_signal, overdue = reduce_over_processes(flags, dist.ReduceOp.MAX).tolist()
-        # A run that is stopped in its first update leaves nothing behind.
+        # A run that is stopped so early leaves nothing behind.
         return bool(overdue or self.agreed_signal and (self.epoch, self.update) != (0, 1))
 
     def save(self):
@@ -1434,23 +1437,24 @@ class Run:
         self.sums = self.training.sum_over_processes() if self.update else []
         self.check_finite(torch.tensor(self.sums), *self.training.model.parameters())
         if rank() == 0:
-            if self.model_path in self.unsaved and not self.written:
-                set_aside(self.model_path, new_run=False)
-                self.written = True
+            name = os.path.basename(self.model_path)
+            if self.model_path in self.unsaved and self.written != name:
+                set_aside(self.model_path, with_state=False)
+                self.written = name
             state = {name: getattr(self, name) for name in self.SAVED}
             state |= {"args": vars(self.args), "folder": self.curves.folder}
             state |= {name: part.state_dict() for name, part in self.training.parts.items()}
             files = self.unsaved | {self.state_file: state}
             write_files({path: encode(content) for path, content in files.items()})
         self.unsaved, self.saved_at = {}, time.perf_counter()
-        self.pause = max(60, 50 * (self.saved_at - begin))
+        self.pause = max(6 * self.args.save_minutes, 50 * (self.saved_at - begin))
 
     def check_finite(self, *tensors, scale=1.0):
         """Raise InputError on divergence. fp16's scale is halved while gradients are not finite."""
         if scale < 1 or not all(tensor.isfinite().all() for tensor in tensors):
             place = f"{self.epoch} epochs, {self.update} updates, at learning rate "
             place += f"{self.training.optim.param_groups[-1]['lr']:.2e}"
-            place += ": try --precision fp32, also with --resume"
+            place += ": try --precision fp32, with --resume if it was saved"
             remedy = "or a new run with a lower --base_learning_rate or more --warmup_epoch"
             raise InputError(f"loss, weights or gradients are not finite after {place}, {remedy}")
 
@@ -1459,17 +1463,14 @@ class Run:
         if self.agreed_signal:
             command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
             launcher = "python" if world_size() == 1 else "torchrun ..."
-            remedy = f"to go on:\n    {launcher} {command}"
-            if not os.path.exists(self.state_file):
-                remedy = "nothing is saved yet"
-                with contextlib.suppress(OSError, TypeError):  # not empty, or another process's
-                    os.removedirs(self.curves.folder)
+            saved = os.path.exists(self.state_file)
+            remedy = f"to go on:\n    {launcher} {command}" if saved else "nothing was saved"
             print_rank_0(f"stopped after {self.epoch} epochs, {self.update} updates; {remedy}")
             sys.exit(128 + self.agreed_signal)
 
 
 def lock(model_path):
-    """Lock an open file, until it is closed: no other run writes this model file meanwhile.
+    """-> an open, locked file: until it is closed, no other run writes this model file.
 
     Raises InputError if one does already. The system gives the lock back however a process dies;
     Windows and some file systems have none. The file stays: were it removed, two runs could each
@@ -1495,7 +1496,10 @@ def start_run(args, name, model_path, training, dataset):
     hook, threading.excepthook = threading.excepthook, lambda _: None  # Curves.write raises those
     try:
         with own, StopSignal() as stop:
-            yield Run(args, name, model_path, training, dataset, stop)
+            run = Run(args, name, model_path, training, dataset, stop)
+            yield run
     finally:
+        with contextlib.suppress(OSError, TypeError, NameError):
+            os.rmdir(run.curves.folder)  # if nothing came into it; only process 0 knows of it
         threading.excepthook = hook
         torch.set_num_threads(THREADS)

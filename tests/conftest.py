@@ -1,6 +1,7 @@
 """What pytest gives to the tests that ask for it; see helpers.py for what they import."""
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,9 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "no_proxy": "127.0.0.1"}
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(TESTS), TESTS])
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `pytest &`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
