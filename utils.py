@@ -1281,9 +1281,8 @@ class StopSignal:
     """
 
     def __enter__(self):
-        names = "SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        told = [x for x in numbers if signal.getsignal(x) != signal.SIG_IGN]
+        known = (getattr(signal, x, None) for x in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"))
+        told = [x for x in known if x and signal.getsignal(x) != signal.SIG_IGN]
         self.number, self.before = 0, {x: signal.signal(x, self.note) for x in told}
         return self
 

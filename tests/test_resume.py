@@ -334,18 +334,25 @@ def test_a_new_run_renames_what_an_earlier_one_left(script, capsys):
 def test_what_is_in_the_way_of_a_resumed_run_is_renamed(script):
     name, _ = SCRIPTS[script]
     train_, path = MAIN[script], PATH[script]
-    with stopped_at_update(2):
-        train_()
+    for other in (name, f"{name}-0002"):
+        with stopped_at_update(2):
+            train_(path, f"{other}.pth")
     train_(path, f"{name}-0001.pth", "--seed", "1")
-    other = stored(f"{name}-0001")
+    first, second = stored(f"{name}-0001"), stored(f"{name}-0002")
     shutil.copy(f"{name}-0001.pth", f"{name}.pth")
-    os.mkdir(f"{name}-0002.pth")
     train_("--resume", "--keep_every", "1")
-    assert renamed(other, f"{name}-0001").items() <= stored(f"{name}-0001").items()
-    assert stored(f"{name}-old-1") == {f"{name}-old-1.pth": other[f"{name}-0001.pth"]}
-    assert os.path.isdir(f"{name}-0002-old-1.pth") and read(f"{name}-0002.pth")["epoch"] == 2
+    for files, other in ((first, f"{name}-0001"), (second, f"{name}-0002")):
+        moved = {file for file in stored(other) if "old" in file}
+        assert {file: stored(other)[file] for file in moved} == renamed(files, other)
+        assert stored(other).keys() - moved == {f"{other}.pth"}
+    assert stored(f"{name}-old-1") == {f"{name}-old-1.pth": first[f"{name}-0001.pth"]}
     train_(path, "whole.pth")
     same_weights(f"{name}.pth", "whole.pth")
+    # With the state of another run: not that run's model.
+    shutil.copy(f"{name}-0002-old-1.state.pth", "whole.state.pth")
+    whole = stored("whole")["whole.pth"]
+    train_("--resume", path, "whole.pth")
+    assert stored("whole-old-1")["whole-old-1.pth"] == whole
 
 
 @pytest.mark.parametrize("path", ["q//c.pth", "q/c", "./q/c.x.pth"])
@@ -637,7 +644,7 @@ def test_state_is_saved_by_the_clock(monkeypatch, capsys):
     assert saved("10", 11) == [(2, 0), (4, 0), (6, 0)]  # after an epoch, if a minute has passed
     assert saved("100", 110) == [(2, 0), (4, 0), (6, 0)]
     assert saved("10", 61) == [(epoch, 0) for epoch in range(1, 7)]
-    assert saved("1.5", 50)[:4] == [(0, 2), (1, 1), (1, 3), (2, 2)]
+    assert saved("1.5", 50)[:4] == [(0, 2), (1, 0), (1, 2), (2, 0)]
     assert read(STATE)["epoch"] == 7
     assert "epoch 1/7: saved after 50 of 60 images, loss=" in capsys.readouterr().out
 
