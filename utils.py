@@ -1257,7 +1257,7 @@ def set_aside(model_path, with_state=True):
     The state goes first, as it has the weights, too: if a kill comes in between, it stands alone.
     with_state: False for model and picture only; the others are those of this run.
     """
-    start, extension = os.path.splitext(os.path.normpath(model_path))  # as glob returns it
+    start, extension = os.path.splitext(os.path.join(*os.path.split(model_path)))  # as glob's
     epoch = rf"{re.escape(start)}-(\d{{4}}|[1-9]\d{{4,}}){re.escape(extension)}"
     kept = [path for path in glob.glob(f"{glob.escape(start)}-*") if re.fullmatch(epoch, path)]
     files = [state_path(start + extension), start + extension, f"{start}.png"]

@@ -355,8 +355,10 @@ def test_what_is_in_the_way_of_a_resumed_run_is_renamed(script):
     assert stored("whole-old-1")["whole-old-1.pth"] == whole
 
 
-@pytest.mark.parametrize("path", ["q//c.pth", "q/c", "./q/c.x.pth"])
+@pytest.mark.parametrize("path", ["q//c.pth", "q/c", "./q/[c].x.pth", "link/../c.pth"])
 def test_earlier_runs_are_kept_under_any_name(path):
+    os.makedirs("q/r")
+    os.symlink("q/r", "link")
     for seed in ("1", "2", "3"):
         classify("--output_model_path", path, "--seed", seed, "--total_epoch", "1")
     start, extension = os.path.splitext(path)
