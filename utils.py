@@ -1257,7 +1257,8 @@ def set_aside(model_path, with_state=True):
     The state goes first, as it has the weights, too: if a kill comes in between, it stands alone.
     with_state: False for model and picture only; the others are those of this run.
     """
-    start, extension = os.path.splitext(os.path.join(*os.path.split(model_path)))  # as glob's
+    # Joined as glob joins its answers: without the second / of q//x.pth.
+    start, extension = os.path.splitext(os.path.join(*os.path.split(model_path)))
     epoch = rf"{re.escape(start)}-(\d{{4}}|[1-9]\d{{4,}}){re.escape(extension)}"
     kept = [path for path in glob.glob(f"{glob.escape(start)}-*") if re.fullmatch(epoch, path)]
     files = [state_path(start + extension), start + extension, f"{start}.png"]

@@ -12,8 +12,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "no_proxy
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(TESTS), TESTS])
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `pytest &`
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests send these; a shell's `pytest &` or nohup may have them ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
